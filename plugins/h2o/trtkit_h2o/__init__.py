@@ -1,0 +1,1 @@
+"""H2O: heavy-hitter KV eviction as a trtkit policy."""

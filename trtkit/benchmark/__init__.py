@@ -1,0 +1,1 @@
+"""Measure any `Engine`: load, driver, metrics, environment, memory sampling, statistics."""

@@ -1,0 +1,1 @@
+"""Triton kernels with a torch twin each; the twin is the specification."""

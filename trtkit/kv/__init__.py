@@ -1,0 +1,1 @@
+"""What to keep: eviction policies, selections and the attention-mass ledger. Knows nothing of pages or models."""

@@ -1,0 +1,1 @@
+"""Pure arithmetic: memory, roofline, forecast, cost, search. No framework is imported here."""

@@ -1,0 +1,1 @@
+"""Judge any `Scorer` or `Engine`: tasks, drift, paired statistics, gates."""

@@ -1,0 +1,1 @@
+"""Render records as Markdown, HTML, CSV and JSON. No arithmetic on results happens here."""

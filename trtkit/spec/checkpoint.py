@@ -1,0 +1,114 @@
+"""The TensorRT-LLM checkpoint layout of a Llama-family decoder: tensor names, shapes, types and split.
+
+Pure arithmetic, shared by the converter (writes it), the embedded engine (reads it) and the planner (counts it), so
+the three agree to the byte. Layout as `modelopt.torch.export.export_tensorrt_llm_checkpoint` writes it: `qkv` is
+q, k, v stacked by rank; `mlp.fc` is Hugging Face's gate_proj and `mlp.gate` its up_proj; embedding and head are
+split along the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from trtkit.spec.dtype import DType
+from trtkit.spec.model import ModelSpec
+from trtkit.spec.plan import Parallelism
+from trtkit.spec.quant import QuantSpec
+
+CONFIG_NAME = "config.json"
+VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
+FINAL_NORM = "transformer.ln_f.weight"
+LM_HEAD = "lm_head.weight"
+VOCAB_PADDING = 64
+"""With TP > 1 the vocabulary is padded to a multiple of VOCAB_PADDING * tp... only if tp does not divide it."""
+
+
+def rank_file(rank: int) -> str:
+    """Name of one rank's weights."""
+    return f"rank{rank}.safetensors"
+
+
+def layer_prefix(layer: int) -> str:
+    """Prefix of one block's tensors; layers count from 0 within a pipeline rank."""
+    return f"transformer.layers.{layer}."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointTensor:
+    """One tensor of one rank. `group` is what a memory table adds it to: embedding, attention, mlp, norm, head."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    group: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file and in memory."""
+        return prod(self.shape) * self.dtype.bits // 8
+
+
+def padded_vocab_size(model: ModelSpec, tp: int) -> int:
+    """Vocabulary rows of all ranks together: the next multiple of `tp`."""
+    return -(-model.vocab_size // tp) * tp
+
+
+def kv_heads_per_rank(model: ModelSpec, tp: int) -> int:
+    """KV heads a rank holds; with more ranks than KV heads each head is replicated."""
+    return max(1, model.num_kv_heads // tp)
+
+
+def checkpoint_tensors(
+    model: ModelSpec, quant: QuantSpec, parallel: Parallelism | None = None, *, pp_rank: int = 0
+) -> Iterator[CheckpointTensor]:
+    """Every tensor of one rank of a checkpoint, in file order (all tensor-parallel ranks are alike in shape).
+
+    INT8 weight-only (`W8A16`, the embedded engine's form) stores `weight` as int8 [out, in] and `per_channel_scale`
+    [out] in the compute type.
+    """
+    parallel = parallel or Parallelism()
+    tp, pp = parallel.tp, parallel.pp
+    compute = quant.compute
+    vocab = padded_vocab_size(model, tp) // tp
+    if pp_rank == 0:
+        yield CheckpointTensor(name=VOCAB_EMBEDDING, shape=(vocab, model.hidden_size), dtype=compute, group="embedding")
+    for layer in range(model.num_layers // pp):
+        yield from _layer_tensors(model, quant, tp, layer_prefix(layer))
+    if pp_rank == pp - 1:
+        yield CheckpointTensor(name=FINAL_NORM, shape=(model.hidden_size,), dtype=compute, group="norm")
+        yield CheckpointTensor(name=LM_HEAD, shape=(vocab, model.hidden_size), dtype=compute, group="head")
+
+
+def _layer_tensors(model: ModelSpec, quant: QuantSpec, tp: int, prefix: str) -> Iterator[CheckpointTensor]:
+    hidden, head_dim = model.hidden_size, model.head_dim
+    q_rows = model.num_heads // tp * head_dim
+    qkv_rows = q_rows + 2 * kv_heads_per_rank(model, tp) * head_dim
+    inter = model.intermediate_size // tp
+    yield _norm(model, quant, f"{prefix}input_layernorm.weight")
+    yield from _linear(quant, f"{prefix}attention.qkv", (qkv_rows, hidden), "attention", bias=model.attn_qkv_bias)
+    if model.qk_norm:
+        for name in ("q_layernorm", "k_layernorm"):
+            yield CheckpointTensor(
+                name=f"{prefix}attention.{name}.weight", shape=(head_dim,), dtype=quant.compute, group="norm"
+            )
+    yield from _linear(quant, f"{prefix}attention.dense", (hidden, q_rows), "attention", bias=model.attn_dense_bias)
+    yield _norm(model, quant, f"{prefix}post_layernorm.weight")
+    yield from _linear(quant, f"{prefix}mlp.fc", (inter, hidden), "mlp", bias=model.mlp_bias)
+    yield from _linear(quant, f"{prefix}mlp.gate", (inter, hidden), "mlp", bias=model.mlp_bias)
+    yield from _linear(quant, f"{prefix}mlp.proj", (hidden, inter), "mlp", bias=model.mlp_bias)
+
+
+def _norm(model: ModelSpec, quant: QuantSpec, name: str) -> CheckpointTensor:
+    return CheckpointTensor(name=name, shape=(model.hidden_size,), dtype=quant.compute, group="norm")
+
+
+def _linear(
+    quant: QuantSpec, prefix: str, shape: tuple[int, int], group: str, *, bias: bool
+) -> Iterator[CheckpointTensor]:
+    yield CheckpointTensor(name=f"{prefix}.weight", shape=shape, dtype=quant.weights, group=group)
+    if quant.algo == "W8A16":
+        yield CheckpointTensor(name=f"{prefix}.per_channel_scale", shape=shape[:1], dtype=quant.compute, group=group)
+    if bias:
+        yield CheckpointTensor(name=f"{prefix}.bias", shape=shape[:1], dtype=quant.compute, group=group)

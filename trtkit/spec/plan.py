@@ -1,0 +1,80 @@
+"""`BuildPlan`: everything that decides what engine comes out. Complete: no "auto" is left in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trtkit.spec.errors import UsageError
+from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.model import ModelSpec
+from trtkit.spec.quant import QuantSpec
+
+TARGETS = ("embedded", "tensorrt", "pytorch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallelism:
+    """Ranks: `tp` shards every layer, `pp` splits the layers."""
+
+    tp: int = 1
+    pp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tp < 1 or self.pp < 1:
+            raise UsageError(f"tp={self.tp}, pp={self.pp}: both must be at least 1")
+
+    @property
+    def world_size(self) -> int:
+        """Devices in all."""
+        return self.tp * self.pp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What an engine admits.
+
+    `max_num_tokens` bounds the tokens of one step (all requests), `max_seq_len` prompt plus output of one
+    request. The KV pool is `kv_memory_bytes` per rank if given, else `kv_fraction` of what is free after loading.
+    """
+
+    max_batch_size: int = 32
+    max_num_tokens: int = 8192
+    max_seq_len: int = 8192
+    tokens_per_block: int = 32
+    kv_memory_bytes: int | None = None
+    kv_fraction: float = 0.9
+    enable_chunked_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "tokens_per_block"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.kv_memory_bytes is not None and self.kv_memory_bytes < 1:
+            raise UsageError(f"kv_memory_bytes is {self.kv_memory_bytes}, must be positive")
+        if not 0 < self.kv_fraction <= 1:
+            raise UsageError(f"kv_fraction is {self.kv_fraction}, must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    """One engine to build. `model_source` is a directory or a hub id; `gpu` names a catalog entry."""
+
+    name: str
+    model: ModelSpec
+    model_source: str
+    gpu: str
+    quant: QuantSpec
+    kv: KVPolicySpec = field(default_factory=KVPolicySpec)
+    parallel: Parallelism = field(default_factory=Parallelism)
+    limits: Limits = field(default_factory=Limits)
+    target: str = "embedded"
+    target_version: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UsageError(f"unknown target {self.target!r}: allowed are {', '.join(TARGETS)}")
+        kv_heads, tp = self.model.num_kv_heads, self.parallel.tp
+        if self.model.num_heads % tp or (kv_heads % tp and tp % kv_heads):
+            raise UsageError(
+                f"tp={tp} does not divide {self.model.name}'s heads ({self.model.num_heads} query, {kv_heads} KV)"
+            )

@@ -1,0 +1,82 @@
+"""`QuantSpec`: what is stored in which type. `--precision` names map to one each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantSpec:
+    """Element types of a built engine.
+
+    `weights` is the storage of the linear layers inside blocks, `activations` the matmul's other operand,
+    `compute` everything else (embeddings, norms, lm_head, scales), `kv` the cache. `group_size` is 0 for
+    per-output-channel scales. `algo` is TensorRT-LLM's name of the scheme, None when nothing is quantised.
+    """
+
+    precision: str
+    weights: DType
+    activations: DType
+    compute: DType
+    kv: DType
+    algo: str | None = None
+    group_size: int = 0
+
+    def with_kv(self, kv: DType) -> QuantSpec:
+        """The same scheme with another cache type."""
+        return replace(self, kv=kv)
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Weights are narrower than the activations they multiply."""
+        return self.weights.bits < self.activations.bits
+
+
+def _plain(dtype: DType) -> QuantSpec:
+    return QuantSpec(precision=dtype.value, weights=dtype, activations=dtype, compute=dtype, kv=dtype)
+
+
+def _quantised(
+    precision: str, algo: str, weights: DType, activations: DType, *, compute: DType = DType.FP16, group_size: int = 0
+) -> QuantSpec:
+    return QuantSpec(
+        precision=precision,
+        weights=weights,
+        activations=activations,
+        compute=compute,
+        kv=compute,
+        algo=algo,
+        group_size=group_size,
+    )
+
+
+PRECISIONS: dict[str, QuantSpec] = {
+    "fp32": _plain(DType.FP32),
+    "fp16": _plain(DType.FP16),
+    "bf16": _plain(DType.BF16),
+    "int8": _quantised("int8", "W8A16", DType.INT8, DType.FP16),
+    "int8-gptq": _quantised("int8-gptq", "W8A16_GPTQ", DType.INT8, DType.FP16, group_size=128),
+    "int8-sq": _quantised("int8-sq", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", DType.INT8, DType.INT8),
+    "fp8": _quantised("fp8", "FP8", DType.FP8, DType.FP8),
+    "int4-awq": _quantised("int4-awq", "W4A16_AWQ", DType.INT4, DType.FP16, group_size=128),
+}
+
+
+def quant_for(precision: str, *, compute: DType | None = None, kv: DType | None = None) -> QuantSpec:
+    """The scheme behind a `--precision` name.
+
+    `compute` replaces the 16-bit type of a quantised scheme (a CPU may want fp32), `kv` the cache type.
+
+    Raises:
+        UsageError: the name is not known.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
+    quant = PRECISIONS[precision]
+    if compute is not None and quant.algo is not None:
+        activations = compute if quant.is_weight_only else quant.activations
+        quant = replace(quant, compute=compute, kv=compute, activations=activations)
+    return quant if kv is None else quant.with_kv(kv)

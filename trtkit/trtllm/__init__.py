@@ -1,0 +1,1 @@
+"""The only place that knows TensorRT-LLM: checkpoint conversion, builds, runtimes."""
