@@ -66,7 +66,7 @@ def build_app(requested: set[str] | None = None) -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_root)
+    app.callback(invoke_without_command=True)(_root)
     for name, (module, summary) in COMMANDS.items():
         if requested is None or name in requested:
             command = importlib.import_module(module).command
