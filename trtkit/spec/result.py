@@ -14,6 +14,10 @@ from trtkit.spec.measured import Measured, Source
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.workload import Workload
 
+BENCH_KIND = "bench"
+QUALITY_KIND = "quality"
+"""What the envelope of a record file calls a `BenchResult` and a `QualityResult`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stat:
