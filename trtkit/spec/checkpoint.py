@@ -21,8 +21,6 @@ CONFIG_NAME = "config.json"
 VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
 FINAL_NORM = "transformer.ln_f.weight"
 LM_HEAD = "lm_head.weight"
-VOCAB_PADDING = 64
-"""With TP > 1 the vocabulary is padded to a multiple of VOCAB_PADDING * tp... only if tp does not divide it."""
 
 
 def rank_file(rank: int) -> str:
@@ -65,8 +63,9 @@ def checkpoint_tensors(
 ) -> Iterator[CheckpointTensor]:
     """Every tensor of one rank of a checkpoint, in file order (all tensor-parallel ranks are alike in shape).
 
-    INT8 weight-only (`W8A16`, the embedded engine's form) stores `weight` as int8 [out, in] and `per_channel_scale`
-    [out] in the compute type.
+    INT8 weight-only in the embedded engine's form stores `weight` as int8 [out, in] and `per_channel_scale` [out] in
+    the compute type. With `quant.weights` 16 bits wide and `algo` W8A16 there is no scale: `trtllm-build` quantises.
+    With fewer KV heads than ranks, rank r holds KV head r * num_kv_heads // tp.
     """
     parallel = parallel or Parallelism()
     tp, pp = parallel.tp, parallel.pp
@@ -108,7 +107,7 @@ def _linear(
     quant: QuantSpec, prefix: str, shape: tuple[int, int], group: str, *, bias: bool
 ) -> Iterator[CheckpointTensor]:
     yield CheckpointTensor(name=f"{prefix}.weight", shape=shape, dtype=quant.weights, group=group)
-    if quant.algo == "W8A16":
+    if quant.weights is DType.INT8 and quant.is_weight_only:
         yield CheckpointTensor(name=f"{prefix}.per_channel_scale", shape=shape[:1], dtype=quant.compute, group=group)
     if bias:
         yield CheckpointTensor(name=f"{prefix}.bias", shape=shape[:1], dtype=quant.compute, group=group)
