@@ -139,19 +139,24 @@ class BenchResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentOutcome:
-    """One scored document: `document` is a stable id or hash that pairs engines, `score` in the task's metric."""
+    """One scored document: `document` is a stable id or hash that pairs engines, `score` in the task's metric.
+
+    `values` are the natural-log probabilities of the choices, where the task has choices.
+    """
 
     document: str
     group: str
     score: float
     prediction: str = ""
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityResult:
     """One task on one engine. `score` is the mean over documents, `stderr` its standard error.
 
-    `evictions` counts rounds while scoring; an evicting engine with none is marked invalid.
+    `evictions` counts rounds while scoring; an evicting engine with none is marked invalid. `reference` is the other
+    engine of a metric that needs two (agreement, KL).
     """
 
     engine: EngineRef
@@ -169,3 +174,4 @@ class QualityResult:
     truncated: int = 0
     valid: bool = True
     checks: tuple[Check, ...] = ()
+    reference: EngineRef | None = None
