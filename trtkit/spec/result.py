@@ -56,7 +56,10 @@ class RequestSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repeat:
-    """One pass over the workload in a warm engine, with its raw samples and the pool's counters at its end."""
+    """One pass over the workload in a warm engine, with its raw samples.
+
+    `kv` is the block pool at its end; its counters of evictions and preemptions cover this repeat alone.
+    """
 
     index: int
     samples: tuple[RequestSample, ...]
@@ -69,14 +72,14 @@ class Repeat:
 class MemorySplit:
     """Peak device memory in bytes, sampled outside the process; `other` is peak - weights - KV pool.
 
-    `peak_method` says what was sampled: "nvml" on NVIDIA, "rss" on a CPU.
+    `peak_method` says what was sampled: "nvml" on NVIDIA, "rss" on a CPU. A cell that never ran knows none of these.
     """
 
     peak_bytes: int | None
     peak_method: str
-    weight_bytes: int
-    kv_pool_bytes: int
-    kv_peak_bytes: int
+    weight_bytes: int | None
+    kv_pool_bytes: int | None
+    kv_peak_bytes: int | None
     other_bytes: int | None
 
 
@@ -102,7 +105,7 @@ class EngineRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """Where a record was made. `machine_limits` are measured ceilings of the device (read bytes/s, matmul FLOP/s by dtype)."""
+    """Where a record was made. `machine_limits` are measured ceilings of the device (keys: `trtkit.spec.limits`)."""
 
     hostname_hash: str
     platform: str
