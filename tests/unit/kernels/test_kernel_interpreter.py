@@ -1,0 +1,24 @@
+"""Triton chooses its interpreter when it is first imported; where that is too late, a fresh process runs the file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_run_in_the_interpreter_even_where_triton_came_first():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("test_paged_kernels.py ran in this very process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "test_paged_kernels.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "skipped" not in done.stdout
