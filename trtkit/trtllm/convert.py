@@ -1,0 +1,208 @@
+"""Hugging Face safetensors to a TensorRT-LLM checkpoint, in pieces of a few megabytes.
+
+Every output tensor's place in its file is known before the first byte is read, so a conversion is a list of
+independent pieces: read some rows of one source tensor, cast or quantise and check them, write them to their places in
+one or more rank files. Memory does not depend on the model, pieces run on several threads (reading, casting and
+writing all release the interpreter), and a killed conversion continues with the pieces its journal does not list.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trtkit.spec.atomic import output_errors, write_text
+from trtkit.spec.checkpoint import CONFIG_NAME, checkpoint_tensors, rank_file
+from trtkit.spec.checkpoint_config import checkpoint_config
+from trtkit.spec.codec import digest
+from trtkit.spec.directory import absolute, check_free, check_space, partial_directory, publish
+from trtkit.spec.errors import UnsupportedError, UsageError
+from trtkit.spec.plan import Parallelism
+from trtkit.spec.progress import Progress, no_progress
+from trtkit.spec.quant import QuantSpec
+from trtkit.trtllm.journal import NAME as JOURNAL_NAME
+from trtkit.trtllm.journal import Journal
+from trtkit.trtllm.layout import Slab, slabs
+from trtkit.trtllm.piece import PieceWorker
+from trtkit.trtllm.safetensors_file import FileLayout, lay_out
+from trtkit.trtllm.source import SourceCheckpoint, open_source
+from trtkit.trtllm.threads import in_parallel, one_torch_thread
+
+FORMAT_VERSION = 1
+"""Part of a plan's digest: raise it when the same plan gives other bytes, so that no old piece is kept."""
+
+PIECE_BYTES = 4 << 20
+TARGETS = ("embedded", "tensorrt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertResult:
+    """What a conversion did. `resumed_pieces` of `pieces` were there from an earlier, interrupted run."""
+
+    output: str
+    model: str
+    quant: QuantSpec
+    parallel: Parallelism
+    source_bytes: int
+    output_bytes: int
+    pieces: int
+    resumed_pieces: int
+    seconds: float
+
+
+def stored_quant(quant: QuantSpec, target: str) -> QuantSpec:
+    """The types a checkpoint for `target` holds; its config still names the scheme.
+
+    TensorRT-LLM quantises INT8 weight-only itself while it builds, into a layout of its own, so its checkpoint keeps
+    the compute type; the embedded engine reads INT8 rows and scales.
+
+    Raises:
+        UnsupportedError: the scheme needs calibration, or the target loads another format.
+    """
+    if target == "pytorch":
+        raise UnsupportedError(
+            "target 'pytorch' loads Hugging Face directories itself and needs no TensorRT-LLM checkpoint; "
+            f"convert writes for {' and '.join(TARGETS)}"
+        )
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}: allowed are {', '.join(TARGETS)}")
+    if quant.algo not in (None, "W8A16"):
+        raise UnsupportedError(
+            f"precision {quant.precision!r} needs calibration data, which convert does not use; "
+            "convert writes fp32, fp16, bf16 and int8 (weight-only)"
+        )
+    if quant.kv.bits < 16:
+        raise UnsupportedError(
+            f"a {quant.kv.value} KV cache needs calibrated scales; convert with --kv-dtype of 16 bits"
+        )
+    return replace(quant, weights=quant.compute) if target == "tensorrt" else quant
+
+
+def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defaults
+    source_dir: Path,
+    output_dir: Path,
+    *,
+    quant: QuantSpec,
+    parallel: Parallelism | None = None,
+    target: str = "embedded",
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> ConvertResult:
+    """Write `output_dir` (config.json and one safetensors file per rank) from a Hugging Face directory.
+
+    Work happens in `<output_dir>.partial`, which survives a kill; running again with the same arguments continues.
+
+    Raises:
+        InputError: the source is damaged, incomplete or not finite, or overflows the target type.
+        OutputError: the output exists (without `force`), cannot be written, or the disk is full.
+        UnsupportedError: the architecture, the scheme or the source's types.
+        UsageError: the split does not come out even.
+    """
+    started = time.monotonic()
+    output, parallel = absolute(output_dir), parallel or Parallelism()
+    stored = stored_quant(quant, target)
+    check_free(output, force=force, marker=CONFIG_NAME)
+    source = open_source(source_dir)
+    pieces = list(_pieces(source, parallel))
+    layouts = _layouts(source, stored, parallel)
+    partial = partial_directory(output)
+    with output_errors(output):
+        partial.mkdir(parents=True, exist_ok=True)
+    check_space(output, sum(layout.num_bytes for layout in layouts) - _present_bytes(partial))
+    with Journal(partial, _plan_digest(source, stored, parallel)) as journal:
+        if not journal.finished:
+            _begin_files(partial, layouts)
+        _run(source, pieces, partial, layouts, journal, progress)
+        write_text(partial / CONFIG_NAME, _config_text(source, stored, parallel))
+        publish(partial, output)
+        (output / JOURNAL_NAME).unlink()
+    return ConvertResult(
+        output=str(output),
+        model=source.model.name,
+        quant=stored,
+        parallel=parallel,
+        source_bytes=source.num_bytes,
+        output_bytes=sum(layout.num_bytes for layout in layouts),
+        pieces=len(pieces),
+        resumed_pieces=len(journal.finished),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _pieces(source: SourceCheckpoint, parallel: Parallelism) -> Iterator[Slab]:
+    """Slabs cut into pieces of at most `PIECE_BYTES` of source, always whole rows."""
+    for slab in slabs(source.model, parallel):
+        entry = source.tensors[slab.source].entry
+        row_bytes = entry.num_bytes // entry.shape[0]
+        step = max(1, PIECE_BYTES // row_bytes)
+        for begin in range(0, slab.rows, step):
+            yield replace(
+                slab,
+                row=slab.row + begin,
+                rows=min(step, slab.rows - begin),
+                targets=tuple(replace(target, row=target.row + begin) for target in slab.targets),
+            )
+
+
+def _layouts(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallelism) -> list[FileLayout]:
+    return [
+        lay_out(checkpoint_tensors(source.model, stored, parallel, pp_rank=rank // parallel.tp))
+        for rank in range(parallel.world_size)
+    ]
+
+
+def _plan_digest(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallelism) -> str:
+    return digest(
+        {
+            "format": FORMAT_VERSION,
+            "piece_bytes": PIECE_BYTES,
+            "model": source.model,
+            "quant": stored,
+            "parallel": parallel,
+            "source": str(source.directory.absolute()),
+            "files": source.fingerprint,
+        }
+    )
+
+
+def _config_text(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallelism) -> str:
+    return json.dumps(checkpoint_config(source.model, stored, parallel), indent=2) + "\n"
+
+
+def _present_bytes(partial: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in partial.iterdir() if file.is_file())
+
+
+def _begin_files(partial: Path, layouts: Sequence[FileLayout]) -> None:
+    """Create the rank files with their headers, at full size and full of zeros (vocabulary padding stays so)."""
+    for rank, layout in enumerate(layouts):
+        path = partial / rank_file(rank)
+        with output_errors(path), path.open("wb") as handle:
+            handle.write(layout.header)
+            handle.truncate(layout.num_bytes)
+
+
+def _run(
+    source: SourceCheckpoint,
+    pieces: Sequence[Slab],
+    partial: Path,
+    layouts: Sequence[FileLayout],
+    journal: Journal,
+    progress: Progress,
+) -> None:
+    todo = [index for index in range(len(pieces)) if index not in journal.finished]
+    count = itertools.count(len(journal.finished))
+    paths = [partial / rank_file(rank) for rank in range(len(layouts))]
+    progress("convert", next(count), len(pieces))
+    with PieceWorker.opened(source, paths, layouts) as worker, one_torch_thread():
+
+        def work(index: int) -> None:
+            worker.move(pieces[index])
+            journal.note(index)
+            progress("convert", next(count), len(pieces))
+
+        in_parallel(work, todo)

@@ -1,0 +1,70 @@
+"""Which pieces of a conversion are finished, so that a killed one continues instead of starting over.
+
+One file in the working directory: a first line that names the plan, then one line per finished piece. The first line
+holds the machine's boot id too: after a power cut a piece may be noted whose data never reached the disk, so nothing
+noted before a reboot is believed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from trtkit.spec.atomic import output_errors
+from trtkit.spec.errors import OutputError
+
+NAME = ".journal"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Journal:
+    """Open for one process at a time; `finished` is what earlier runs of the same plan completed."""
+
+    def __init__(self, directory: Path, plan_digest: str) -> None:
+        """Open or begin the journal in `directory`.
+
+        Raises:
+            OutputError: the directory cannot be written, or another process is working in it.
+        """
+        self.path = directory / NAME
+        with output_errors(self.path):
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._descriptor)
+            raise OutputError(f"{directory}: another conversion is writing here; wait for it to end") from None
+        self._mutex = threading.Lock()
+        self.finished = self._begin(f"{plan_digest} {_boot_id()}")
+
+    def _begin(self, title: str) -> frozenset[int]:
+        *lines, _torn = self.path.read_text(encoding="ascii", errors="replace").split("\n")
+        if lines and lines[0] == title:
+            return frozenset(int(line) for line in lines[1:] if line.isdecimal())
+        with output_errors(self.path):
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"{title}\n".encode("ascii"))
+        return frozenset()
+
+    def note(self, piece: int) -> None:
+        """Record a piece whose data has been written."""
+        with self._mutex, output_errors(self.path):
+            os.write(self._descriptor, f"{piece}\n".encode("ascii"))
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown"

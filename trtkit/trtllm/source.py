@@ -1,0 +1,122 @@
+"""A Hugging Face model directory: its config and where each of its tensors lies, single file or sharded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtkit.spec.errors import InputError, UnsupportedError
+from trtkit.spec.hf import load_model_spec
+from trtkit.spec.model import ModelSpec
+from trtkit.trtllm.layout import source_shapes
+from trtkit.trtllm.safetensors_file import TensorEntry, read_header
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+READABLE_DTYPES = ("F32", "F16", "BF16")
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.original_inv_freq")
+"""Buffers that old checkpoints carry and every loader recomputes from the config."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceTensor:
+    """One tensor of the source and the file it is in."""
+
+    path: Path
+    entry: TensorEntry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceCheckpoint:
+    """A checkpoint whose headers have been checked against its config; no weights are read yet."""
+
+    directory: Path
+    model: ModelSpec
+    tensors: Mapping[str, SourceTensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.entry.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """Name, size and change time of each file: what a resumed conversion must find unchanged."""
+        files = sorted({tensor.path for tensor in self.tensors.values()})
+        return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
+
+
+def open_source(directory: Path) -> SourceCheckpoint:
+    """Read and check a model directory.
+
+    Raises:
+        InputError: a file, shard or tensor is missing, surplus, truncated or of the wrong shape.
+        UnsupportedError: the architecture, or weights in a form that is not safetensors of 16 or 32 bits.
+    """
+    model = load_model_spec(directory)
+    found: dict[str, SourceTensor] = {}
+    for path in _weight_files(directory):
+        for name, entry in read_header(path).items():
+            if name in found:
+                raise InputError(f"{path}: tensor {name!r} is already in {found[name].path.name}")
+            found[name] = SourceTensor(path=path, entry=entry)
+    return SourceCheckpoint(directory=directory, model=model, tensors=_checked(directory, model, found))
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / SINGLE_NAME).is_file():
+        return [directory / SINGLE_NAME]
+    index = directory / INDEX_NAME
+    if index.is_file():
+        return _shards(index)
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+        raise UnsupportedError(
+            f"{directory}: only pickled weights (*.bin, *.pth), which trtkit never opens; "
+            "save the model again with save_pretrained(..., safe_serialization=True)"
+        )
+    raise InputError(f"{directory}: no weights: neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise InputError(f"{index}: damaged: expected an object with a 'weight_map' of tensor to file name") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{index}: {name!r} is not a plain file name")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{index.parent}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}; "
+            "finish the download and run again"
+        )
+    return [index.parent / name for name in names]
+
+
+def _checked(directory: Path, model: ModelSpec, found: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
+    wanted = source_shapes(model)
+    for name, shape in wanted.items():
+        if name not in found:
+            raise InputError(f"{directory}: tensor {name!r} is missing (shape {list(shape)} by config.json)")
+        _check_tensor(found[name], shape)
+    ignored = {"lm_head.weight"} if model.tie_embeddings else set()
+    for name, tensor in found.items():
+        if name not in wanted and name not in ignored and not name.endswith(_DERIVED_SUFFIXES):
+            raise InputError(
+                f"{tensor.path}: tensor {name!r} is not part of a {model.architecture} with this config.json; "
+                "is it the right config, or an adapter or a quantised model?"
+            )
+    return {name: found[name] for name in wanted}
+
+
+def _check_tensor(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
+    where = f"{tensor.path}: tensor {tensor.entry.name!r}"
+    if tensor.entry.dtype not in READABLE_DTYPES:
+        raise UnsupportedError(
+            f"{where} is {tensor.entry.dtype}; trtkit converts {', '.join(READABLE_DTYPES)}: give it the unquantised model"
+        )
+    if tensor.entry.shape != shape:
+        raise InputError(f"{where} has shape {list(tensor.entry.shape)}, config.json asks for {list(shape)}")
