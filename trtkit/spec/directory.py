@@ -5,14 +5,18 @@ The working directory `<name>.partial` survives a kill, so the next run continue
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from trtkit.spec.atomic import output_errors
 from trtkit.spec.errors import OutputError
 
 PARTIAL_SUFFIX = ".partial"
+LOCK_NAME = ".lock"
 
 
 def absolute(path: Path) -> Path:
@@ -23,6 +27,27 @@ def absolute(path: Path) -> Path:
 def partial_directory(path: Path) -> Path:
     """Where `path` is worked on until it is complete."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+@contextlib.contextmanager
+def working_directory(path: Path) -> Iterator[Path]:
+    """Yield the partial directory of `path`, created and locked; it stays on any error, for the next run to continue.
+
+    Raises:
+        OutputError: it cannot be created, or another process is working in it.
+    """
+    partial = partial_directory(path)
+    with output_errors(path):
+        partial.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(f"{partial}: another process is writing here; wait for it to end") from None
+        yield partial
+    finally:
+        os.close(descriptor)
 
 
 def check_free(path: Path, *, force: bool, marker: str) -> None:
@@ -65,13 +90,16 @@ def check_space(path: Path, needed_bytes: int) -> None:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a finished directory its name; an older one goes only after the new one is complete."""
+    """Give a finished directory its name; an older one goes only after the new one is complete.
+
+    Dotfiles at its top (locks, journals) belonged to the work and are removed once the name is there.
+    """
     with output_errors(path):
         for file in (p for p in partial.rglob("*") if p.is_file()):
             _sync(file)
         if not path.is_dir() or not any(path.iterdir()):
             partial.rename(path)
-            _sync(path.parent)
+            _tidy(path)
             return
         retired = path.with_name(f".{path.name}.{os.getpid()}.old")
         path.rename(retired)
@@ -80,8 +108,14 @@ def publish(partial: Path, path: Path) -> None:
         except OSError:
             retired.rename(path)
             raise
-        _sync(path.parent)
+        _tidy(path)
         shutil.rmtree(retired)
+
+
+def _tidy(path: Path) -> None:
+    _sync(path.parent)
+    for file in path.glob(".*"):
+        file.unlink()
 
 
 def _sync(path: Path) -> None:

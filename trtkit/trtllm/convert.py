@@ -19,12 +19,11 @@ from trtkit.spec.atomic import output_errors, write_text
 from trtkit.spec.checkpoint import CONFIG_NAME, checkpoint_tensors, rank_file
 from trtkit.spec.checkpoint_config import checkpoint_config
 from trtkit.spec.codec import digest
-from trtkit.spec.directory import absolute, check_free, check_space, partial_directory, publish
+from trtkit.spec.directory import absolute, check_free, check_space, publish, working_directory
 from trtkit.spec.errors import UnsupportedError, UsageError
 from trtkit.spec.plan import Parallelism
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.spec.quant import QuantSpec
-from trtkit.trtllm.journal import NAME as JOURNAL_NAME
 from trtkit.trtllm.journal import Journal
 from trtkit.trtllm.layout import Slab, slabs
 from trtkit.trtllm.piece import PieceWorker
@@ -89,12 +88,14 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
     quant: QuantSpec,
     parallel: Parallelism | None = None,
     target: str = "embedded",
+    name: str | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> ConvertResult:
     """Write `output_dir` (config.json and one safetensors file per rank) from a Hugging Face directory.
 
     Work happens in `<output_dir>.partial`, which survives a kill; running again with the same arguments continues.
+    `name` replaces the model's name, which is otherwise the source directory's.
 
     Raises:
         InputError: the source is damaged, incomplete or not finite, or overflows the target type.
@@ -106,20 +107,16 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
     output, parallel = absolute(output_dir), parallel or Parallelism()
     stored = stored_quant(quant, target)
     check_free(output, force=force, marker=CONFIG_NAME)
-    source = open_source(source_dir)
+    source = open_source(source_dir, name=name)
     pieces = list(_pieces(source, parallel))
     layouts = _layouts(source, stored, parallel)
-    partial = partial_directory(output)
-    with output_errors(output):
-        partial.mkdir(parents=True, exist_ok=True)
-    check_space(output, sum(layout.num_bytes for layout in layouts) - _present_bytes(partial))
-    with Journal(partial, _plan_digest(source, stored, parallel)) as journal:
+    with working_directory(output) as partial, Journal(partial, _plan_digest(source, stored, parallel)) as journal:
+        check_space(output, sum(layout.num_bytes for layout in layouts) - _present_bytes(partial))
         if not journal.finished:
             _begin_files(partial, layouts)
         _run(source, pieces, partial, layouts, journal, progress)
         write_text(partial / CONFIG_NAME, _config_text(source, stored, parallel))
         publish(partial, output)
-        (output / JOURNAL_NAME).unlink()
     return ConvertResult(
         output=str(output),
         model=source.model.name,

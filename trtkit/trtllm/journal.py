@@ -7,36 +7,29 @@ noted before a reboot is believed.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from pathlib import Path
 from types import TracebackType
 
 from trtkit.spec.atomic import output_errors
-from trtkit.spec.errors import OutputError
 
 NAME = ".journal"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Journal:
-    """Open for one process at a time; `finished` is what earlier runs of the same plan completed."""
+    """`finished` is what earlier runs of the same plan completed. The directory must be locked by its user."""
 
     def __init__(self, directory: Path, plan_digest: str) -> None:
         """Open or begin the journal in `directory`.
 
         Raises:
-            OutputError: the directory cannot be written, or another process is working in it.
+            OutputError: the directory cannot be written.
         """
         self.path = directory / NAME
         with output_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._descriptor)
-            raise OutputError(f"{directory}: another conversion is writing here; wait for it to end") from None
         self._mutex = threading.Lock()
         self.finished = self._begin(f"{plan_digest} {_boot_id()}")
 

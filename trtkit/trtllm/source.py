@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trtkit.spec.errors import InputError, UnsupportedError
@@ -48,14 +48,15 @@ class SourceCheckpoint:
         return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
 
 
-def open_source(directory: Path) -> SourceCheckpoint:
-    """Read and check a model directory.
+def open_source(directory: Path, *, name: str | None = None) -> SourceCheckpoint:
+    """Read and check a model directory; `name` replaces the model's name, which is otherwise the directory's.
 
     Raises:
         InputError: a file, shard or tensor is missing, surplus, truncated or of the wrong shape.
         UnsupportedError: the architecture, or weights in a form that is not safetensors of 16 or 32 bits.
     """
     model = load_model_spec(directory)
+    model = replace(model, name=name or model.name)
     found: dict[str, SourceTensor] = {}
     for path in _weight_files(directory):
         for name, entry in read_header(path).items():
