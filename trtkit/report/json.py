@@ -1,0 +1,11 @@
+"""The report as JSON: a record file that holds every number any other format shows."""
+
+from __future__ import annotations
+
+from trtkit.report.model import REPORT_KIND, Report
+from trtkit.spec.codec import dumps_record
+
+
+def render(report: Report) -> str:
+    """The report in a record's envelope."""
+    return dumps_record(REPORT_KIND, report)
