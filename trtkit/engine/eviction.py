@@ -1,0 +1,304 @@
+"""Eviction in the embedded engine: watches queries, keeps the ledger, and shrinks sequences between pieces.
+
+When: a prompt is cut to the budget after each of its pieces (so it never holds more than budget + piece); while
+decoding, a cache that has reached budget + interval is cut back to budget. Both follow from a request's own
+tokens alone, never from load, so a preempted request decides the same again. What stays keeps its rotated keys;
+only holes are filled, and whole tail blocks go back to the pool at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trtkit.engine.batch import Batch, Row
+from trtkit.engine.observer import EvictionCounters
+from trtkit.engine.paged_cache import PagedCache
+from trtkit.engine.query_ring import QueryRing
+from trtkit.engine.runner import ObserverFactory
+from trtkit.engine.scheduler import Scheduler
+from trtkit.engine.sequence import Sequence
+from trtkit.kernels.mass import column_mass
+from trtkit.kv.ledger import AttentionLedger
+from trtkit.kv.moves import HoleMoves, plan_moves
+from trtkit.kv.policy import Budget, CachedTokens, EvictionPolicy
+from trtkit.kv.registry import load_policy
+from trtkit.kv.selection import check_slots
+from trtkit.spec.errors import EngineError, UnsupportedError
+from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.model import ModelSpec
+
+RING_QUERIES = 32
+"""Decode queries that wait for one pass over the keys; more would read less and hold more."""
+_MIN_PIECE = 64
+_PIECES_PER_BUDGET = 32
+_GATHERED_ELEMENTS = 1 << 21
+
+
+def prefill_piece(budget: Budget) -> int:
+    """Tokens of a prompt between two evictions: 64, or a 32nd of a large budget, so the peak stays near the budget."""
+    return max(_MIN_PIECE, budget.tokens // _PIECES_PER_BUDGET)
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Tracked:
+    """What is known about one evicting sequence. `pending` ring queries are not in the ledger yet."""
+
+    policy: EvictionPolicy
+    ledger: AttentionLedger
+    ring: QueryRing | None
+    ring_slot: int = 0
+    pending: int = 0
+
+
+@dataclass(kw_only=True, slots=True)
+class _StepPlan:
+    """One step's work for `observe`: prompt pieces to score, and which tokens go where in which ring."""
+
+    batch: Batch
+    pieces: list[tuple[Row, _Tracked]] = field(default_factory=list)
+    writes: list[tuple[QueryRing, Tensor, Tensor]] = field(default_factory=list)
+
+
+class EvictionObserver:
+    """The engine's `LayerObserver`. `failed` tells sequences whose policy broke, with one line each."""
+
+    def __init__(self, spec: KVPolicySpec, model: ModelSpec, cache: PagedCache, scheduler: Scheduler) -> None:
+        """Evict by `spec` unless a request brings its own.
+
+        Raises:
+            TrtkitError: the engine's policy is unknown or cannot be carried out here.
+        """
+        self.counters = EvictionCounters()
+        self.failed: dict[Sequence, str] = {}
+        self._spec = spec
+        self._model = model
+        self._cache = cache
+        self._scheduler = scheduler
+        self._policies: dict[KVPolicySpec, EvictionPolicy | None] = {}
+        self._tracked: dict[Sequence, _Tracked] = {}
+        self._rings: dict[int, QueryRing] = {}
+        self._plan: _StepPlan | None = None
+        self._policy(spec)
+
+    def admit(self, sequence: Sequence) -> None:
+        """See `LayerObserver.admit`. A request that can never outgrow its budget is left alone altogether."""
+        policy = self._policy(sequence.request.kv or self._spec)
+        if policy is None:
+            return
+        budget = policy.budget
+        grown = sequence.prompt_len + sequence.max_new_tokens - 1
+        if sequence.prompt_len <= budget.tokens and grown < budget.tokens + budget.interval:
+            return
+        if sequence.chunk_ends:
+            bounds = (0, *sequence.chunk_ends, sequence.prompt_len)
+            piece = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        else:
+            piece = min(prefill_piece(budget), self._scheduler.limits.max_num_tokens)
+            sequence.prefill_quantum = piece
+        sequence.evicts = True
+        sequence.kv_cap_tokens = min(budget.tokens + max(piece, budget.interval), max(grown, sequence.prompt_len))
+
+    def observe(self, layer: int, q_THD: Tensor, batch: Batch) -> None:
+        """See `LayerObserver.observe`."""
+        plan = self._plan
+        if plan is None or plan.batch is not batch:
+            plan = self._plan = self._begin(batch)
+        for ring, index, tokens in plan.writes:
+            ring.write(layer, index, q_THD.index_select(0, tokens))
+        for row, tracked in plan.pieces:
+            queries = q_THD[None, row.start : row.start + row.count]
+            keys = self._keys([layer], row.sequence, tracked.ledger.length)
+            mass = self._mass(tracked, slice(layer, layer + 1), queries, keys, row.position)
+            tracked.ledger.add(layer, mass[0], row.count)
+
+    def end_step(self, batch: Batch) -> None:
+        """See `LayerObserver.end_step`. A policy that breaks ends up in `failed`; nobody else is touched."""
+        self._plan = None
+        for row in batch.rows:
+            tracked = self._tracked.get(row.sequence) if row.observed else None
+            if tracked is None or row.sequence in self.failed:
+                continue
+            if tracked.pending and tracked.ring is not None and tracked.pending == tracked.ring.size:
+                self._flush(row.sequence, tracked)
+            if row.ends_piece and _due(row.sequence, tracked.policy.budget):
+                self._evict(row.sequence, tracked)
+        self.counters.side_bytes = sum(t.ledger.num_bytes for t in self._tracked.values())
+        self.counters.side_bytes += sum(ring.num_bytes for ring in self._rings.values())
+
+    def forget(self, sequence: Sequence) -> None:
+        """See `LayerObserver.forget`."""
+        self.failed.pop(sequence, None)
+        tracked = self._tracked.pop(sequence, None)
+        if tracked is not None and tracked.ring is not None:
+            tracked.ring.give(tracked.ring_slot)
+
+    def _policy(self, spec: KVPolicySpec) -> EvictionPolicy | None:
+        """The policy a spec names, loaded once."""
+        if spec not in self._policies:
+            limits = self._scheduler.limits
+            policy = load_policy(spec, max_seq_len=limits.max_seq_len, default_interval=limits.tokens_per_block)
+            window = self._model.sliding_window
+            if policy is not None and window is not None and window < limits.max_seq_len:
+                raise UnsupportedError(
+                    f"KV policy {spec.label!r}: {self._model.name} has sliding-window layers ({window} tokens), which "
+                    "drop tokens themselves; use --kv full, or a max_seq_len within the window"
+                )
+            self._policies[spec] = policy
+        return self._policies[spec]
+
+    def _begin(self, batch: Batch) -> _StepPlan:
+        """Open the ledgers for the step's tokens and sort its rows into pieces and ring writes."""
+        plan = _StepPlan(batch=batch)
+        to_ring: dict[QueryRing, tuple[list[int], list[int]]] = {}
+        for row in batch.rows:
+            if not (row.observed and row.sequence.evicts):
+                continue
+            tracked = self._tracked.get(row.sequence) or self._track(row.sequence)
+            if row.count > 1 and tracked.pending:
+                self._flush(row.sequence, tracked)
+            tracked.ledger.append(row.position, row.count)
+            if tracked.ring is None:
+                continue
+            last = min(row.count, tracked.ring.size)
+            if tracked.policy.watch.queries == "all":
+                if row.count > 1:
+                    plan.pieces.append((row, tracked))
+                    continue
+                tracked.pending += 1
+            index, tokens = to_ring.setdefault(tracked.ring, ([], []))
+            index += tracked.ring.index(tracked.ring_slot, row.position + row.count - last, last)
+            tokens += range(row.start + row.count - last, row.start + row.count)
+        device = self._cache.device
+        for ring, (index, tokens) in to_ring.items():
+            plan.writes.append((ring, torch.tensor(index, device=device), torch.tensor(tokens, device=device)))
+        return plan
+
+    def _track(self, sequence: Sequence) -> _Tracked:
+        policy = self._policy(sequence.request.kv or self._spec)
+        assert policy is not None, "admit marks only sequences with a policy"
+        watch = policy.watch
+        size = {"none": 0, "all": RING_QUERIES, "last": watch.window}[watch.queries]
+        ring = self._rings.setdefault(size, QueryRing(self._model.num_layers, size)) if size else None
+        tracked = _Tracked(
+            policy=policy,
+            ledger=AttentionLedger(
+                self._model.num_layers,
+                self._model.num_kv_heads,
+                sequence.peak_slots,
+                decay=watch.decay,
+                device=str(self._cache.device),
+            ),
+            ring=ring,
+            ring_slot=ring.take() if ring is not None else 0,
+        )
+        self._tracked[sequence] = tracked
+        return tracked
+
+    def _keys(self, layers: list[int], sequence: Sequence, length: int) -> Tensor:
+        """Live keys of some layers, [L, H, N, D]."""
+        size = self._cache.tokens_per_block
+        table = self._cache.padded_tables([sequence.block_table[: -(-length // size)]])
+        index = self._cache.gather_rows(table)
+        index = index[: index.numel() // 2]  # keys come first, then values
+        heads, dim = self._cache.num_kv_heads, self._cache.head_dim
+        gathered = [self._cache.block_rows(layer).index_select(0, index) for layer in layers]
+        return torch.stack(gathered).view(len(layers), heads, -1, dim)[:, :, :length]
+
+    def _mass(self, tracked: _Tracked, layers: slice, queries: Tensor, keys: Tensor, first: int) -> Tensor:
+        """Mass of consecutive queries [L, T, Hq, D] at positions from `first`, weighted as the ledger wants it."""
+        count = queries.shape[1]
+        asked = torch.arange(first, first + count, dtype=torch.int32, device=queries.device)
+        weights = tracked.ledger.query_weights(count)
+        return column_mass(queries, keys, tracked.ledger.positions[layers], asked, weights)
+
+    def _last_mass(self, sequence: Sequence, tracked: _Tracked, count: int) -> Tensor:
+        """Mass the last `count` queries give to the live keys, [L, H, N]; a few layers at a time."""
+        assert tracked.ring is not None
+        ledger = tracked.ledger
+        first = int(ledger.positions[0, 0].max()) + 1 - count
+        queries = tracked.ring.read(tracked.ring_slot, first, count)
+        total = self._model.num_layers
+        group = max(1, _GATHERED_ELEMENTS // (self._cache.num_kv_heads * ledger.length * self._cache.head_dim))
+        parts = []
+        for start in range(0, total, group):
+            layers = slice(start, min(total, start + group))
+            keys = self._keys(list(range(layers.start, layers.stop)), sequence, ledger.length)
+            parts.append(self._mass(tracked, layers, queries[layers], keys, first))
+        return torch.cat(parts)
+
+    def _flush(self, sequence: Sequence, tracked: _Tracked) -> None:
+        """Bring waiting queries into the ledger."""
+        if tracked.pending:
+            mass = self._last_mass(sequence, tracked, tracked.pending)
+            tracked.ledger.add(slice(None), mass, tracked.pending)
+            tracked.pending = 0
+
+    def _evict(self, sequence: Sequence, tracked: _Tracked) -> None:
+        ledger, budget = tracked.ledger, tracked.policy.budget
+        self._flush(sequence, tracked)
+        if tracked.policy.watch.queries == "last":
+            count = min(tracked.policy.watch.window, sequence.num_tokens)
+            ledger.replace_mass(self._last_mass(sequence, tracked, count))
+        try:
+            keep = _decide(tracked.policy, ledger, sequence.num_tokens)
+        except Exception as error:  # noqa: BLE001 - a policy is anybody's code; its request ends, the batch goes on
+            self.failed[sequence] = f"KV policy failed: {type(error).__name__}: {error}"
+            return
+        before = ledger.length
+        moves = plan_moves(keep.flatten(0, 1), before)
+        move_slots(self._cache, sequence.block_table, moves)
+        ledger.compact(moves)
+        sequence.cache_len = budget.tokens
+        self.counters.blocks_freed += self._scheduler.trim(sequence)
+        self.counters.evictions += 1
+        self.counters.tokens_evicted += before - budget.tokens
+
+
+def _due(sequence: Sequence, budget: Budget) -> bool:
+    """Whether an eviction follows the piece just fed."""
+    if sequence.num_tokens <= sequence.prompt_len:
+        return sequence.cache_len > budget.tokens
+    return sequence.cache_len >= budget.tokens + budget.interval
+
+
+def _decide(policy: EvictionPolicy, ledger: AttentionLedger, num_tokens: int) -> Tensor:
+    """Ask the policy on copies and hold its answer to the contract: [L, H, budget] slots."""
+    tokens = CachedTokens(positions=ledger.positions.clone(), mass=ledger.mass.clone(), num_tokens=num_tokens)
+    keep = policy.select(tokens)
+    expected = (*ledger.mass.shape[:2], policy.budget.tokens)
+    if tuple(keep.shape) != expected:
+        raise EngineError(f"it kept {tuple(keep.shape)} slots instead of {expected}")
+    check_slots(keep, ledger.length)
+    return keep
+
+
+def move_slots(cache: PagedCache, block_table: list[int], moves: HoleMoves) -> None:
+    """Fill the holes of one sequence in every layer; `moves.rows` are flat (layer, KV head) rows, ascending."""
+    heads, size = cache.num_kv_heads, cache.tokens_per_block
+    table = torch.tensor(block_table, device=cache.device)
+    side = torch.arange(2, device=cache.device)[:, None] * heads
+
+    def rows(slots: Tensor) -> Tensor:
+        """Rows of each slot's key and value, [2, M]."""
+        block = table[torch.div(slots, size, rounding_mode="floor")]
+        return (block * (2 * heads) + side + moves.rows % heads) * size + slots % size
+
+    sources, targets = rows(moves.sources), rows(moves.targets)
+    edges = torch.arange(len(cache.layers) + 1, device=cache.device) * heads
+    bounds = torch.searchsorted(moves.rows, edges).tolist()
+    for layer, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        stored = cache.rows(layer)
+        moved = stored.index_select(0, sources[:, start:end].reshape(-1))
+        stored.index_copy_(0, targets[:, start:end].reshape(-1), moved)
+
+
+def eviction_observer(spec: KVPolicySpec, model: ModelSpec) -> ObserverFactory:
+    """What `EmbeddedEngine` builds its observer with."""
+
+    def build(cache: PagedCache, scheduler: Scheduler) -> EvictionObserver:
+        return EvictionObserver(spec, model, cache, scheduler)
+
+    return build

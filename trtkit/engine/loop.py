@@ -1,0 +1,258 @@
+"""`EmbeddedEngine`: schedule, run, postprocess, until nobody is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Generator, Iterable, Iterator
+
+import torch
+
+from trtkit.engine.admission import check_request
+from trtkit.engine.batch import RowInput
+from trtkit.engine.block_pool import BlockPool
+from trtkit.engine.observer import EvictionCounters
+from trtkit.engine.paged_cache import PagedCache, block_bytes
+from trtkit.engine.runner import ModelRunner, ObserverFactory
+from trtkit.engine.sampler import NOT_A_NUMBER, fresh_seed, sample
+from trtkit.engine.scheduler import Scheduler, Step
+from trtkit.engine.scoring import ScoringRun
+from trtkit.engine.sequence import Sequence
+from trtkit.engine.weights import ModelWeights
+from trtkit.spec.dtype import DType
+from trtkit.spec.engine import EngineInfo, FinishReason, KVStats, Request, ScoreRequest, ScoreResult, TokenEvent
+from trtkit.spec.errors import EngineError, TrtkitError, UnsupportedError, UsageError
+from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.plan import Limits
+
+_IDLE_SLEEP_S = 0.0005
+
+
+class EmbeddedEngine:
+    """`Engine` and `Scorer` in this process, on one device. One `generate` or `score` at a time."""
+
+    def __init__(  # noqa: PLR0913 - the one place where an engine's parts meet
+        self,
+        weights: ModelWeights,
+        limits: Limits,
+        num_blocks: int,
+        *,
+        kv_dtype: DType,
+        kv_policy: KVPolicySpec | None = None,
+        observer_factory: ObserverFactory | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Reserve a pool of `num_blocks`; `limits` are taken as they are (see `open.effective_limits`)."""
+        model = weights.model
+        self._limits = limits
+        self._policy = kv_policy or KVPolicySpec()
+        self._pool = BlockPool(num_blocks)
+        self._scheduler = Scheduler(limits, self._pool)
+        cache = PagedCache(model, num_blocks, limits.tokens_per_block, kv_dtype, device)
+        observer = observer_factory(cache, self._scheduler) if observer_factory else None
+        if observer is None and not self._policy.is_full:
+            raise UnsupportedError(f"KV policy {self._policy.label!r}: this engine was opened without eviction")
+        self._runner = ModelRunner(weights, cache, limits.max_seq_len, observer)
+        self._block_bytes = block_bytes(model, limits.tokens_per_block, kv_dtype)
+        self._vocab_size = model.vocab_size
+        self._eos_ids = frozenset(model.eos_ids)
+        self._info = EngineInfo(
+            target="embedded",
+            device=device,
+            vocab_size=model.vocab_size,
+            max_seq_len=limits.max_seq_len,
+            max_batch_size=limits.max_batch_size,
+            max_num_tokens=limits.max_num_tokens,
+            weight_bytes=weights.num_bytes,
+            kv_pool_bytes=cache.num_bytes,
+            kv_policy=self._policy,
+            eos_ids=model.eos_ids,
+            pid=os.getpid(),
+        )
+        self._active: dict[str, Sequence] = {}
+        self._seeds: dict[str, int] = {}
+        self._cancelled: set[str] = set()
+        self._arrivals = 0
+        self._busy = self._closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        """Sizes and limits as they took effect."""
+        return self._info
+
+    def generate(self, requests: Iterable[Request | None]) -> Iterator[TokenEvent]:
+        """Run `requests`; see `trtkit.spec.engine.Engine`. Leaving the iterator early ends what is in flight.
+
+        Raises:
+            EngineError: the engine is closed, or another `generate` or `score` is running.
+        """
+        with self._exclusive():
+            source = iter(requests)
+            more = True
+            while more or self._scheduler.has_work:
+                more = yield from self._pull(source, more)
+                yield from self._drop_cancelled()
+                step = self._scheduler.schedule()
+                if step.feeds:
+                    yield from self._postprocess(step, self._run(step))
+                elif more:
+                    time.sleep(_IDLE_SLEEP_S)
+
+    def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
+        """Log-probabilities of continuations; see `trtkit.spec.engine.Scorer`.
+
+        Raises:
+            EngineError: the engine is closed, or another `generate` or `score` is running.
+        """
+        with self._exclusive():
+            yield from ScoringRun(self._runner, self._scheduler, self._policy).run(requests)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step, from any thread."""
+        self._cancelled.add(request_id)
+
+    def kv_stats(self) -> KVStats:
+        """The block pool at this moment."""
+        observer = self._runner.observer
+        counters = observer.counters if observer is not None else EvictionCounters()
+        return KVStats(
+            tokens_per_block=self._limits.tokens_per_block,
+            block_bytes=self._block_bytes,
+            blocks_total=self._pool.num_blocks,
+            blocks_used=self._pool.num_used,
+            blocks_peak=self._pool.peak,
+            requests_running=len(self._scheduler.running),
+            requests_waiting=len(self._scheduler.waiting),
+            requests_peak=self._scheduler.peak_running,
+            preemptions=self._scheduler.preemptions,
+            evictions=counters.evictions,
+            tokens_evicted=counters.tokens_evicted,
+            blocks_freed=counters.blocks_freed,
+            side_bytes=counters.side_bytes,
+        )
+
+    def check(self) -> None:
+        """Prove the pool's books (tests)."""
+        self._scheduler.check()
+
+    def close(self) -> None:
+        """Release weights and cache. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            del self._runner.weights, self._runner.cache.layers[:]
+
+    def __enter__(self) -> EmbeddedEngine:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        if self._closed:
+            raise EngineError("the engine is closed; open it again")
+        if self._busy:
+            raise EngineError("the engine is busy with another generate or score; finish or close that one first")
+        self._busy = True
+        try:
+            yield
+        finally:
+            for sequence in list(self._active.values()):
+                self._retire(sequence)
+            self._cancelled.clear()
+            self._busy = False
+
+    def _pull(self, source: Iterator[Request | None], more: bool) -> Generator[TokenEvent, None, bool]:
+        """Take requests while the batch has room; returns whether the source may have more."""
+        while more and self._scheduler.can_take_more:
+            try:
+                request = next(source)
+            except StopIteration:
+                return False
+            if request is None:
+                return True
+            try:
+                self._admit(request)
+            except TrtkitError as error:
+                yield _event(request.request_id, 0, FinishReason.ERROR, str(error))
+        return more
+
+    def _admit(self, request: Request) -> None:
+        """Queue a request, or raise the line it is refused with."""
+        if request.request_id in self._active:
+            raise UsageError(f"request id {request.request_id!r} is in flight already; give each request its own")
+        new_tokens = check_request(request, self._vocab_size, self._limits.max_seq_len)
+        sequence = Sequence(request=request, arrival=self._arrivals, max_new_tokens=new_tokens)
+        self._arrivals += 1
+        self._runner.admit(sequence, self._policy)
+        try:
+            self._scheduler.add(sequence)
+        except TrtkitError:
+            self._runner.forget(sequence)
+            raise
+        self._active[request.request_id] = sequence
+        seed = request.sampling.seed
+        self._seeds[request.request_id] = fresh_seed() if seed is None else seed
+
+    def _drop_cancelled(self) -> Iterator[TokenEvent]:
+        while self._cancelled:
+            sequence = self._active.get(self._cancelled.pop())
+            if sequence is not None:
+                yield self._end(sequence, FinishReason.CANCELLED, None)
+
+    @torch.inference_mode()
+    def _run(self, step: Step) -> list[int]:
+        """Run the step; returns the next token of each feed that samples, in order."""
+        for sequence in step.preempted:
+            self._runner.forget(sequence)
+        inputs = [
+            RowInput(sequence=f.sequence, token_ids=f.sequence.token_slice(f.count), ends_piece=f.ends_piece)
+            for f in step.feeds
+        ]
+        batch, hidden_TE = self._runner.run(inputs, step.new_blocks)
+        sampling = [feed.sequence for feed in step.feeds if feed.samples]
+        if not sampling:
+            return []
+        last = [token for token, feed in zip(batch.last_tokens, step.feeds, strict=True) if feed.samples]
+        logits_RV = self._runner.logits(hidden_TE, last)
+        draws = [(self._seeds[s.request_id], len(s.output_ids)) for s in sampling]
+        return sample(logits_RV, [s.request.sampling for s in sampling], draws)
+
+    def _postprocess(self, step: Step, tokens: list[int]) -> Iterator[TokenEvent]:
+        """Append the tokens, end what is done. All of a step's tokens existed at the same moment."""
+        now_ns = time.monotonic_ns()
+        sampled = [feed.sequence for feed in step.feeds if feed.samples]
+        events = [self._append(s, token, now_ns) for s, token in zip(sampled, tokens, strict=True)]
+        yield from events
+
+    def _append(self, sequence: Sequence, token: int, now_ns: int) -> TokenEvent:
+        if token == NOT_A_NUMBER:
+            return self._end(sequence, FinishReason.ERROR, "the model's output is not a number; try a wider type")
+        sequence.output_ids.append(token)
+        request, index = sequence.request, len(sequence.output_ids) - 1
+        finish = None
+        if token in request.stop_ids or (token in self._eos_ids and not request.ignore_eos):
+            finish = FinishReason.STOP
+        elif len(sequence.output_ids) == sequence.max_new_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._retire(sequence)
+        return TokenEvent(request_id=request.request_id, index=index, token_id=token, time_ns=now_ns, finish=finish)
+
+    def _end(self, sequence: Sequence, finish: FinishReason, error: str | None) -> TokenEvent:
+        """End a request without a token."""
+        self._retire(sequence)
+        return _event(sequence.request_id, len(sequence.output_ids), finish, error)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        self._runner.forget(sequence)
+        del self._active[sequence.request_id], self._seeds[sequence.request_id]
+
+
+def _event(request_id: str, index: int, finish: FinishReason, error: str | None) -> TokenEvent:
+    """The last event of a request that ends without a token."""
+    return TokenEvent(
+        request_id=request_id, index=index, token_id=None, time_ns=time.monotonic_ns(), finish=finish, error=error
+    )

@@ -1,0 +1,137 @@
+"""`PagedCache`: keys and values in TensorRT-LLM's block layout, and the index arithmetic over it.
+
+Axes in names: B blocks, H KV heads, T slots (tokens), D head dimension, L layers, R rows of D elements.
+One layer is `[B, 2, H, tokens_per_block, D]` (HND: heads outside tokens); index 1 of the second axis is the values.
+Keys are stored rotated. One block more than the pool hands out, `pad_block`, is always zero: short block tables
+are padded with it, so that a batched gather never reads another sequence's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trtkit.spec.dtype import DType
+from trtkit.spec.model import ModelSpec
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's object for an element type."""
+    result = getattr(torch, dtype.trtllm_name)
+    assert isinstance(result, torch.dtype)
+    return result
+
+
+def block_bytes(model: ModelSpec, tokens_per_block: int, dtype: DType) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return model.kv_bytes_per_token(dtype) * tokens_per_block
+
+
+class PagedCache:
+    """The memory behind a `BlockPool` of `num_blocks` blocks."""
+
+    def __init__(self, model: ModelSpec, num_blocks: int, tokens_per_block: int, dtype: DType, device: str) -> None:
+        """Reserve the pool; pages the system maps lazily are not touched before their first use."""
+        self.num_blocks = num_blocks
+        self.pad_block = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self.num_kv_heads = model.num_kv_heads
+        self.head_dim = model.head_dim
+        shape = (num_blocks + 1, 2, model.num_kv_heads, tokens_per_block, model.head_dim)
+        self.layers = [torch.empty(shape, dtype=torch_dtype(dtype), device=device) for _ in range(model.num_layers)]
+        self.device = torch.device(device)
+        self.clear([self.pad_block])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes reserved, the pad block left out."""
+        return sum(layer[: self.num_blocks].numel() * layer.element_size() for layer in self.layers)
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks about to be handed out: a previous owner's NaN must not reach the next through a masked slot."""
+        if blocks:
+            index = torch.tensor(blocks, device=self.device)
+            for layer in self.layers:
+                layer.index_fill_(0, index, 0)
+
+    def write_rows(self, blocks: np.ndarray, offsets: np.ndarray) -> Tensor:
+        """Rows of D elements where tokens go: for each token its H key rows, then its H value rows.
+
+        Args:
+            blocks: block of each token, [T].
+            offsets: slot inside that block, [T].
+
+        Returns:
+            Index [T * 2 * H] into `rows(layer)`.
+        """
+        heads = np.arange(2 * self.num_kv_heads)
+        rows = (blocks[:, None] * (2 * self.num_kv_heads) + heads) * self.tokens_per_block + offsets[:, None]
+        return self._index(rows)
+
+    def gather_rows(self, tables: np.ndarray) -> Tensor:
+        """Rows of tokens_per_block * D elements that hold the sequences' keys, then their values.
+
+        Args:
+            tables: padded block tables, [B, N].
+
+        Returns:
+            Index [2 * B * H * N] into `block_rows(layer)`; what it selects views as [2, B, H, N * tokens_per_block, D].
+        """
+        sides = np.arange(2)[:, None, None, None]
+        heads = np.arange(self.num_kv_heads)[None, None, :, None]
+        return self._index((tables[None, :, None, :] * 2 + sides) * self.num_kv_heads + heads)
+
+    def rows(self, layer: int) -> Tensor:
+        """One layer as rows of one slot of one head, [R, D]."""
+        return self.layers[layer].view(-1, self.head_dim)
+
+    def block_rows(self, layer: int) -> Tensor:
+        """One layer as rows of one head of one block, [R, tokens_per_block * D]."""
+        return self.layers[layer].view(-1, self.tokens_per_block * self.head_dim)
+
+    def padded_tables(self, tables: Sequence[Sequence[int]]) -> np.ndarray:
+        """Block tables as one array [B, N], short ones filled up with the pad block."""
+        width = max(map(len, tables))
+        padded = np.full((len(tables), width), self.pad_block, dtype=np.int64)
+        for row, table in zip(padded, tables, strict=True):
+            row[: len(table)] = table
+        return padded
+
+    def read(self, layer: int, block_table: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+        """A copy of one sequence's live keys and values of a layer, each [H, length, D]."""
+        index = self.gather_rows(np.asarray([block_table], dtype=np.int64))
+        kv = self.block_rows(layer).index_select(0, index)
+        keys, values = kv.view(2, self.num_kv_heads, -1, self.head_dim)[:, :, :length]
+        return keys, values
+
+    def compact(self, block_table: Sequence[int], keep: Sequence[Tensor]) -> int:
+        """Keep some slots of one sequence and move them to its front, in order.
+
+        Args:
+            block_table: the sequence's blocks.
+            keep: per layer, ascending slots [H, kept] per KV head; `kept` is the same everywhere.
+
+        Returns:
+            The new live length. The caller sets `cache_len` and frees the tail blocks.
+        """
+        kept = int(keep[0].shape[1])
+        table = torch.tensor(block_table, device=self.device)
+        target = self._slot_rows(table, torch.arange(kept, device=self.device).expand(self.num_kv_heads, -1))
+        for layer, slots in enumerate(keep):
+            assert slots.shape == (self.num_kv_heads, kept), "every layer and head keeps the same number"
+            rows = self.rows(layer)
+            rows.index_copy_(0, target, rows.index_select(0, self._slot_rows(table, slots)))
+        return kept
+
+    def _slot_rows(self, table: Tensor, slots: Tensor) -> Tensor:
+        """Rows of `slots` [H, kept], keys then values: [2 * H * kept]."""
+        block = table[torch.div(slots, self.tokens_per_block, rounding_mode="floor")]
+        side_head = torch.arange(2 * self.num_kv_heads, device=self.device).view(2, -1, 1)
+        rows = (block * (2 * self.num_kv_heads) + side_head) * self.tokens_per_block + slots % self.tokens_per_block
+        return rows.reshape(-1)
+
+    def _index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows.reshape(-1).astype(np.int64, copy=False)).to(self.device)
