@@ -9,9 +9,10 @@ from trtkit.report.columns import Configuration
 from trtkit.report.cost_rows import COST_KEY
 from trtkit.report.model import CheckLine, Definition, Fact, Section
 from trtkit.spec.codec import canonical_json, to_plain
+from trtkit.spec.measured import Measured
 from trtkit.spec.metrics import HIGHER, LOWER, METRICS
 from trtkit.spec.result import BenchResult, Environment, QualityResult
-from trtkit.spec.units import format_count, format_gib
+from trtkit.spec.units import GB, format_count, format_gib
 
 _RUN_FIELDS = ("command", "started_utc", "machine_limits")
 _OWN = (
@@ -137,8 +138,7 @@ def _identity(environment: Environment) -> str:
 
 def _describe(environment: Environment) -> list[tuple[str, str]]:
     limits = ", ".join(
-        f"{name} {format_count(limit.value)} {limit.unit} ({limit.source.value})"
-        for name, limit in sorted(environment.machine_limits.items())
+        f"{name} {_rate(limit)} ({limit.source.value})" for name, limit in sorted(environment.machine_limits.items())
     )
     return [
         ("device", f"{environment.device_count} x {environment.device}"),
@@ -153,6 +153,13 @@ def _describe(environment: Environment) -> list[tuple[str, str]]:
         ("command", environment.command),
         ("host", environment.hostname_hash),
     ]
+
+
+def _rate(limit: Measured) -> str:
+    """A rate per second in giga-units, anything else as it is."""
+    if limit.unit in ("B/s", "FLOP/s"):
+        return f"{limit.value / GB:,.1f} G{limit.unit}"
+    return f"{format_count(limit.value)} {limit.unit}"
 
 
 def _pairs(mapping: Mapping[str, str]) -> str:

@@ -91,5 +91,5 @@ def _grid(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 
 def _inline(text: str) -> str:
     """Text that cannot end a table cell, start a line or a tag, or be read as markup."""
-    flat = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    flat = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("](", "]\\(")
     return flat.replace("<", "&lt;").replace(">", "&gt;").replace("`", "\\`").replace("*", "\\*").replace("_", "\\_")

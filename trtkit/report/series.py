@@ -223,7 +223,7 @@ def _distribution(result: BenchResult, latency: Latency) -> tuple[Point, ...]:
 
 def _cost(found: Sequence[Configuration], cost: Section) -> Plot:
     curves = tuple(
-        Curve(column=index, group=row.condition, points=(_bar(index, row),))
+        Curve(column=index, group=row.condition.partition(", ")[2], points=(_bar(index, row),))
         for row in cost.rows
         for index in range(len(found))
         if row.cells[index].status == OK and row.cells[index].value is not None

@@ -78,7 +78,7 @@ def _quality(rows: Sequence[Row], columns: Sequence[Column]) -> Tile | None:
         detail = columns[worst].title
         if worst and base.value is not None:
             detail += (
-                f", against {number(base.value, row.unit, row.digits)} {spread_text(base, row)} of the first column"
+                f", against {number(base.value, row.unit, row.digits)} {spread_text(base, row)} of {columns[0].title}"
             )
         value = f"{number(cell.value or 0.0, row.unit, row.digits)} {spread_text(cell, row)}".strip()
         return Tile(title=f"Lowest quality: {row.label}", value=value, detail=detail)
