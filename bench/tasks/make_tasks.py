@@ -16,10 +16,33 @@ import numpy as np
 HERE = Path(__file__).parent
 SHOTS, QUESTIONS = 5, 40
 Question = tuple[str, list[str], int]
-WORDS = (
-    "anchor basket candle desert engine forest garden hammer island jacket kettle ladder marble needle orange pepper "
-    "quartz ribbon saddle temple urchin velvet window yellow zipper"
-).split()
+WORDS = [
+    "anchor",
+    "basket",
+    "candle",
+    "desert",
+    "engine",
+    "forest",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "marble",
+    "needle",
+    "orange",
+    "pepper",
+    "quartz",
+    "ribbon",
+    "saddle",
+    "temple",
+    "urchin",
+    "velvet",
+    "window",
+    "yellow",
+    "zipper",
+]
 
 
 def place(rng: np.random.Generator, right: object, wrong: list[object]) -> tuple[list[str], int]:

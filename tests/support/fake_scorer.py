@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -175,16 +174,17 @@ class ByteTokenizer:
     eos_id = EOS
     bos_id = 1
 
-    chat_template = None
+    chat_template: str | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         ids = [byte + 3 for byte in text.encode()]
         return [self.bos_id, *ids] if add_special_tokens else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
 
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        return "".join(f"{m['content']}\n" for m in messages)
 
-def entropy(logprobs: Iterable[float]) -> float:
-    """Of a distribution given as natural logs, in nats."""
-    return -sum(math.exp(p) * p for p in logprobs)
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        return self.encode(self.render_chat(messages))

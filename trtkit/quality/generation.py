@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from trtkit.backends.tokenizer import Tokenizer
 from trtkit.quality.journal import Journal
-from trtkit.quality.text import TextCodec
 from trtkit.spec.codec import to_plain
 from trtkit.spec.engine import Engine, Request, Sampling, TokenEvent
 from trtkit.spec.errors import MeasurementError
@@ -36,7 +36,7 @@ class Generated:
 
 def generate_texts(
     engine: Engine,
-    decoder: TextCodec,
+    decoder: Tokenizer,
     jobs: Sequence[Job],
     *,
     journal: Journal | None = None,
@@ -65,7 +65,7 @@ def generate_texts(
     return [Generated(text=value["text"], token_ids=tuple(value["ids"])) for value in stored]
 
 
-def _run(engine: Engine, decoder: TextCodec, jobs: dict[str, Job]) -> Iterator[tuple[str, list[int]]]:
+def _run(engine: Engine, decoder: Tokenizer, jobs: dict[str, Job]) -> Iterator[tuple[str, list[int]]]:
     tokens: dict[str, list[int]] = {key: [] for key in jobs}
     requests = (
         Request(
@@ -93,7 +93,7 @@ def _take(event: TokenEvent, ids: list[int]) -> None:
         ids.append(event.token_id)
 
 
-def _stopped(decoder: TextCodec, ids: list[int], stop: tuple[str, ...]) -> bool:
+def _stopped(decoder: Tokenizer, ids: list[int], stop: tuple[str, ...]) -> bool:
     """Whether a stop string is in the last tokens; only as many are decoded as can hold one."""
     if not stop:
         return False

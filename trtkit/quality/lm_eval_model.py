@@ -14,9 +14,9 @@ from typing import Any
 from lm_eval.api.model import TemplateLM  # noqa: TID253 - this module is lm-eval's adapter; its importer is late
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: TID253
 
+from trtkit.backends.tokenizer import Tokenizer
 from trtkit.quality.generation import Job, generate_texts
 from trtkit.quality.scoring import ContinuationScorer, Item
-from trtkit.quality.text import TextCodec
 from trtkit.spec.engine import Engine, Sampling
 from trtkit.spec.errors import UnsupportedError, UsageError
 from trtkit.spec.result import Check
@@ -37,7 +37,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self,
         engine: Engine,
         scoring: ContinuationScorer,
-        tokenizer: TextCodec,
+        tokenizer: Tokenizer,
         *,
         question_of: Callable[[Any], str | None] = lambda _: None,
         self_test: Callable[[Sequence[tuple[int, ...]]], Check] | None = None,

@@ -82,17 +82,24 @@ def _check_questions(path: Path) -> int:
     """The number of choices every question of a file has."""
     counts = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            good = isinstance(row["question"], str) and 0 <= row["answer"] < len(row["choices"]) <= len(_LETTERS)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            good = False
-        if not good:
+        choices = _choices_in(line)
+        if choices is None:
             raise InputError(f'{path}:{number}: expected {{"question": text, "choices": [...], "answer": index}}')
-        counts.add(len(row["choices"]))
+        counts.add(choices)
     if len(counts) != 1:
         raise InputError(f"{path}: holds questions with {sorted(counts)} choices; one number of choices is needed")
     return counts.pop()
+
+
+def _choices_in(line: str) -> int | None:
+    """How many choices a well-formed question has, None for any other line."""
+    try:
+        row = json.loads(line)
+        question, choices, answer = row["question"], row["choices"], row["answer"]
+        good = isinstance(question, str) and 0 <= answer < len(choices) <= len(_LETTERS)
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return len(choices) if good else None
 
 
 def _task(group: str, subject: str, settings: dict[str, Any], files: dict[str, Path], choices: int) -> dict[str, Any]:

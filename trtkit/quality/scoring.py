@@ -152,7 +152,7 @@ class ContinuationScorer:
         # Long contexts first: the batch that could fail does so at once, and the ETA errs on the safe side.
         todo.sort(key=lambda r: (-len(r.context_ids), r.request_id))
         self.progress(phase, len(done), len(requests))
-        for batch in self._batches(todo):
+        for batch in self.batches(todo):
             for result in self.scorer.score(batch):
                 done[result.request_id] = self._checked(requests[result.request_id], result)
                 self.journal.put(result.request_id, done[result.request_id])
@@ -161,10 +161,10 @@ class ContinuationScorer:
         if missing:
             raise MeasurementError(f"the engine left {len(missing)} of {len(requests)} scoring requests unanswered")
         for key, request in requests.items():
-            self._count_evictions(request, done[key])
+            self.count_evictions(request, done[key])
         return {key: [(float(p), bool(g)) for p, g in done[key]["scores"]] for key in requests}
 
-    def _batches(self, requests: Sequence[ScoreRequest]) -> Iterator[list[ScoreRequest]]:
+    def batches(self, requests: Sequence[ScoreRequest]) -> Iterator[list[ScoreRequest]]:
         """Slices whose logit rows times the vocabulary stay within the budget."""
         rows_allowed = max(1, self.rules.logits_budget_bytes // (self.info.vocab_size * _LOGIT_BYTES))
         batch: list[ScoreRequest] = []
@@ -194,7 +194,8 @@ class ContinuationScorer:
             raise MeasurementError(f"the engine returned {scores[0][0]} as a log-probability; its logits are broken")
         return {"scores": scores, "evictions": result.evictions, "tokens_evicted": result.tokens_evicted}
 
-    def _count_evictions(self, request: ScoreRequest, value: dict[str, int]) -> None:
+    def count_evictions(self, request: ScoreRequest, value: dict[str, int]) -> None:
+        """Add one stored result's evictions; it "acted" if a piece was longer than the budget before the score."""
         self.counts.evictions += value["evictions"]
         self.counts.tokens_evicted += value["tokens_evicted"]
         budget = self.info.kv_policy.budget or 0

@@ -7,15 +7,15 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trtkit.backends.tokenizer import Tokenizer
 from trtkit.quality.journal import Journal
 from trtkit.quality.records import MetricSpec, QualitySource, eviction_check, quality_result
 from trtkit.quality.scoring import ContinuationScorer, ScoringRules
 from trtkit.quality.selftest import check_alignment
-from trtkit.quality.text import TextCodec
 from trtkit.spec.engine import Engine, Scorer
 from trtkit.spec.errors import InputError, MissingDependencyError, UnsupportedError, UsageError
 from trtkit.spec.progress import Progress, no_progress
@@ -46,6 +46,10 @@ class TaskSelection:
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit is {self.limit}, must be at least 1")
 
+    def with_directory(self, directory: Path) -> TaskSelection:
+        """The same tasks, their files elsewhere."""
+        return replace(self, directory=directory)
+
     @property
     def protocol(self) -> str:
         """One line that two records must share to be compared."""
@@ -57,7 +61,7 @@ class TaskSelection:
 
 def run_tasks(
     engine: Engine,
-    tokenizer: TextCodec,
+    tokenizer: Tokenizer,
     source: QualitySource,
     selection: TaskSelection,
     *,
