@@ -8,6 +8,7 @@ only holes are filled, and whole tail blocks go back to the pool at once.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +21,10 @@ from trtkit.engine.query_ring import QueryRing
 from trtkit.engine.runner import ObserverFactory
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence
+from trtkit.engine.slot_moves import move_slots
 from trtkit.kernels.mass import column_mass
 from trtkit.kv.ledger import AttentionLedger
-from trtkit.kv.moves import HoleMoves, plan_moves
+from trtkit.kv.moves import plan_moves
 from trtkit.kv.policy import Budget, CachedTokens, EvictionPolicy
 from trtkit.kv.registry import load_policy
 from trtkit.kv.selection import check_slots
@@ -66,14 +68,13 @@ class EvictionObserver:
     """The engine's `LayerObserver`. `failed` tells sequences whose policy broke, with one line each."""
 
     def __init__(self, spec: KVPolicySpec, model: ModelSpec, cache: PagedCache, scheduler: Scheduler) -> None:
-        """Evict by `spec` unless a request brings its own.
+        """An observer for an engine whose policy is `spec`; a request may bring its own.
 
         Raises:
             TrtkitError: the engine's policy is unknown or cannot be carried out here.
         """
         self.counters = EvictionCounters()
         self.failed: dict[Sequence, str] = {}
-        self._spec = spec
         self._model = model
         self._cache = cache
         self._scheduler = scheduler
@@ -85,7 +86,7 @@ class EvictionObserver:
 
     def admit(self, sequence: Sequence) -> None:
         """See `LayerObserver.admit`. A request that can never outgrow its budget is left alone altogether."""
-        policy = self._policy(sequence.request.kv or self._spec)
+        policy = self._policy(sequence.kv_policy)
         if policy is None:
             return
         budget = policy.budget
@@ -94,7 +95,7 @@ class EvictionObserver:
             return
         if sequence.chunk_ends:
             bounds = (0, *sequence.chunk_ends, sequence.prompt_len)
-            piece = max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+            piece = max(end - start for start, end in itertools.pairwise(bounds))
         else:
             piece = min(prefill_piece(budget), self._scheduler.limits.max_num_tokens)
             sequence.prefill_quantum = piece
@@ -177,7 +178,7 @@ class EvictionObserver:
         return plan
 
     def _track(self, sequence: Sequence) -> _Tracked:
-        policy = self._policy(sequence.request.kv or self._spec)
+        policy = self._policy(sequence.kv_policy)
         assert policy is not None, "admit marks only sequences with a policy"
         watch = policy.watch
         size = {"none": 0, "all": RING_QUERIES, "last": watch.window}[watch.queries]
@@ -218,7 +219,7 @@ class EvictionObserver:
         """Mass the last `count` queries give to the live keys, [L, H, N]; a few layers at a time."""
         assert tracked.ring is not None
         ledger = tracked.ledger
-        first = int(ledger.positions[0, 0].max()) + 1 - count
+        first = sequence.num_tokens - count
         queries = tracked.ring.read(tracked.ring_slot, first, count)
         total = self._model.num_layers
         group = max(1, _GATHERED_ELEMENTS // (self._cache.num_kv_heads * ledger.length * self._cache.head_dim))
@@ -255,6 +256,8 @@ class EvictionObserver:
         self.counters.blocks_freed += self._scheduler.trim(sequence)
         self.counters.evictions += 1
         self.counters.tokens_evicted += before - budget.tokens
+        sequence.evictions += 1
+        sequence.tokens_evicted += before - budget.tokens
 
 
 def _due(sequence: Sequence, budget: Budget) -> bool:
@@ -273,26 +276,6 @@ def _decide(policy: EvictionPolicy, ledger: AttentionLedger, num_tokens: int) ->
         raise EngineError(f"it kept {tuple(keep.shape)} slots instead of {expected}")
     check_slots(keep, ledger.length)
     return keep
-
-
-def move_slots(cache: PagedCache, block_table: list[int], moves: HoleMoves) -> None:
-    """Fill the holes of one sequence in every layer; `moves.rows` are flat (layer, KV head) rows, ascending."""
-    heads, size = cache.num_kv_heads, cache.tokens_per_block
-    table = torch.tensor(block_table, device=cache.device)
-    side = torch.arange(2, device=cache.device)[:, None] * heads
-
-    def rows(slots: Tensor) -> Tensor:
-        """Rows of each slot's key and value, [2, M]."""
-        block = table[torch.div(slots, size, rounding_mode="floor")]
-        return (block * (2 * heads) + side + moves.rows % heads) * size + slots % size
-
-    sources, targets = rows(moves.sources), rows(moves.targets)
-    edges = torch.arange(len(cache.layers) + 1, device=cache.device) * heads
-    bounds = torch.searchsorted(moves.rows, edges).tolist()
-    for layer, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        stored = cache.rows(layer)
-        moved = stored.index_select(0, sources[:, start:end].reshape(-1))
-        stored.index_copy_(0, targets[:, start:end].reshape(-1), moved)
 
 
 def eviction_observer(spec: KVPolicySpec, model: ModelSpec) -> ObserverFactory:

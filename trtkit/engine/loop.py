@@ -224,6 +224,7 @@ class EmbeddedEngine:
         now_ns = time.monotonic_ns()
         sampled = [feed.sequence for feed in step.feeds if feed.samples]
         events = [self._append(s, token, now_ns) for s, token in zip(sampled, tokens, strict=True)]
+        events += [self._end(s, FinishReason.ERROR, line) for s, line in self._runner.failures]
         yield from events
 
     def _append(self, sequence: Sequence, token: int, now_ns: int) -> TokenEvent:

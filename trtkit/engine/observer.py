@@ -29,6 +29,8 @@ class LayerObserver(Protocol):
     """
 
     counters: EvictionCounters
+    failed: dict[Sequence, str]
+    """Sequences whose policy broke in this step, with one line each; they end, the batch goes on."""
 
     def admit(self, sequence: Sequence) -> None:
         """Set `prefill_quantum`, `kv_cap_tokens` and `evicts` by the request's policy.

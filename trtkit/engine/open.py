@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trtkit.engine.eviction import eviction_observer
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.paged_cache import block_bytes
 from trtkit.engine.runner import ObserverFactory
@@ -128,7 +129,7 @@ def _assemble(
         pool_blocks(weights.model, limits, kv_dtype, _available_bytes(device)),
         kv_dtype=kv_dtype,
         kv_policy=kv_policy,
-        observer_factory=observer_factory,
+        observer_factory=observer_factory or eviction_observer(kv_policy or KVPolicySpec(), weights.model),
         device=device,
     )
 

@@ -54,6 +54,11 @@ class ModelRunner:
         if self.observer is not None:
             self.observer.forget(sequence)
 
+    @property
+    def failures(self) -> list[tuple[Sequence, str]]:
+        """Sequences that eviction has to give up, each with its line."""
+        return [] if self.observer is None else list(self.observer.failed.items())
+
     def run(self, inputs: list[RowInput], new_blocks: list[int]) -> tuple[Batch, Tensor]:
         """One step: the batch as laid out, and hidden states before the final norm, [T, E].
 

@@ -100,6 +100,8 @@ class ScoringRun:
                 if not self._jobs:
                     return
                 self._step()
+                for sequence, line in self._runner.failures:
+                    yield self._finish(next(job for job in self._jobs if job.sequence is sequence), error=line)
                 for job in [job for job in self._jobs if job.done]:
                     yield self._finish(job)
         finally:
@@ -213,14 +215,15 @@ class ScoringRun:
             for row_V, greedy, reading in zip(logprobs_RV, logprobs_RV.argmax(dim=-1).tolist(), part, strict=True):
                 _record(row_V, greedy, reading)
 
-    def _finish(self, job: _Job) -> ScoreResult:
+    def _finish(self, job: _Job, error: str | None = None) -> ScoreResult:
         self._jobs.remove(job)
         self._release(job)
         return ScoreResult(
             request_id=job.request.request_id,
-            continuations=tuple(scores.done() for scores in job.scores),
+            continuations=tuple(scores.done() for scores in job.scores) if error is None else (),
             evictions=job.sequence.evictions,
             tokens_evicted=job.sequence.tokens_evicted,
+            error=error,
         )
 
     def _release(self, job: _Job) -> None:

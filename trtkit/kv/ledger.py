@@ -1,12 +1,13 @@
 """The attention-mass ledger: what each cached key has received, and where it came from. It moves when keys move.
 
-Shapes: L layers, H KV heads, C slots of capacity, N live slots. One ledger per sequence.
+Shapes: L layers, H KV heads, C slots there is room for, N live slots. One ledger per sequence.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trtkit.kv.moves import HoleMoves
 
@@ -46,11 +47,17 @@ class AttentionLedger:
         """Open `count` slots for new tokens: consecutive positions, no mass of a former occupant."""
         end = self.length + count
         if end > self._mass_LHC.shape[2]:
-            raise ValueError(f"{end} live tokens exceed the ledger's capacity {self._mass_LHC.shape[2]}")
+            self._grow(end)
         positions = torch.arange(first_position, first_position + count, dtype=torch.int32)
         self._positions_LHC[:, :, self.length : end] = positions.to(self._positions_LHC.device)
         self._mass_LHC[:, :, self.length : end] = 0
         self.length = end
+
+    def _grow(self, needed: int) -> None:
+        """Make room; doubling, so that growing one by one stays cheap."""
+        extra = max(needed, 2 * self._mass_LHC.shape[2]) - self._mass_LHC.shape[2]
+        self._mass_LHC = functional.pad(self._mass_LHC, (0, extra))
+        self._positions_LHC = functional.pad(self._positions_LHC, (0, extra))
 
     def add(self, layer: int | slice, mass: Tensor, num_queries: int) -> None:
         """Add the mass ([H, N], or [L, H, N] for a slice) that `num_queries` consecutive queries gave.
