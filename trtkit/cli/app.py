@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("trtkit.cli.generate", "Generate from token ids or text with an engine."),
     "chat": ("trtkit.cli.chat", "Talk to an engine."),
     "bench": ("trtkit.cli.bench", "Benchmark engines with one protocol."),
+    "eval": ("trtkit.cli.eval", "Judge quality on tasks and on your own prompts."),
     "cost": ("trtkit.cli.cost", "Price throughput per million tokens."),
     "report": ("trtkit.cli.report", "Render records as Markdown, HTML, CSV or JSON."),
     "demo": ("trtkit.cli.demo", "Run the whole job on the shipped tiny model."),

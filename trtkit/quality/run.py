@@ -55,6 +55,11 @@ class EvalRequest:
         if self.max_tokens < 1:
             raise UsageError(f"--max-tokens is {self.max_tokens}, must be at least 1")
 
+    @property
+    def device(self) -> str:
+        """What the engines run on, "cpu" or "cuda", by their plans."""
+        return "cpu" if all(open_bundle(path).manifest.plan.gpu == "cpu" for path in self.engines) else "cuda"
+
 
 def isolated(path: Path) -> Engine:
     """A fresh child process per engine."""
