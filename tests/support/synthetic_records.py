@@ -161,6 +161,14 @@ def invalid(result: BenchResult, detail: str = "1,800 tok/s is above the limit o
     return replace(result, valid=False, checks=(Check(name="roofline", status="fail", detail=detail),))
 
 
+def small_set() -> tuple[tuple[BenchResult, ...], tuple[QualityResult, ...]]:
+    """Four configurations under two loads; one cell is invalid and one was not run."""
+    cells, scores = full_set()
+    kept = [c for c in cells if c.workload.isl == 64 and c.workload.concurrency in (1, 8)]
+    gone = ("fp32-h2o", 1)
+    return tuple(c for c in kept if (c.engine.name, c.workload.concurrency) != gone), scores
+
+
 def full_set() -> tuple[tuple[BenchResult, ...], tuple[QualityResult, ...]]:
     """Four configurations, three concurrencies, two contexts; one cell is invalid and one was not run."""
     cells = [bench(name, concurrency=c, isl=isl) for name in SPEED for isl in CONTEXTS for c in CONCURRENCIES]

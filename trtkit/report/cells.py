@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from trtkit.report.model import INVALID, MISSING, OK, Cell, Row
 from trtkit.spec.measured import Measured
-from trtkit.spec.metrics import LOWER, METRICS, MIN_SAMPLES
+from trtkit.spec.metrics import HIGHER, LOWER, METRICS, MIN_SAMPLES
 from trtkit.spec.result import BenchResult, MetricResult, QualityResult, Stat
 from trtkit.spec.workload import Workload
 
@@ -145,7 +145,7 @@ def _apart(a: Cell, b: Cell) -> bool | None:
 def best_of(row: Row) -> int | None:
     """Index of the column with the best number, None where no two columns have one."""
     found = [(cell.value or 0.0, i) for i, cell in enumerate(row.cells) if _comparable(cell)]
-    if len(found) < 2:
+    if len(found) < 2 or row.better not in (HIGHER, LOWER):
         return None
     return (min(found) if row.better == LOWER else max(found))[1]
 

@@ -17,7 +17,7 @@ from trtkit.report.text import (
     spread_text,
     value_text,
 )
-from trtkit.spec.metrics import HIGHER
+from trtkit.spec.metrics import HIGHER, LOWER
 
 _LEGEND = (
     "Beside a value: its ratio to the first column, grey with ~ where the two spreads overlap. Under it: its spread, and "
@@ -76,7 +76,7 @@ def _section(section: Section, columns: int) -> str:
     spreads = row_spreads(section.rows)
     title = escape(section_heading(section)) + (f" <small>spread: {escape(spreads)}</small>" if spreads else "")
     rows = "".join(_row(section, row) for row in section.rows)
-    return f'<tbody><tr class="group"><th scope="rowgroup" colspan="{columns + 1}">{title}</th></tr>{rows}</tbody>'
+    return f'<tbody><tr class="group"><th scope="rowgroup" colspan="{columns + 1}"><span class="stay">{title}</span></th></tr>{rows}</tbody>'
 
 
 def _row(section: Section, row: Row) -> str:
@@ -107,7 +107,8 @@ def _value(row: Row, cell: Cell) -> str:
 
 def _direction(row: Row, cell: Cell) -> str:
     """Whether the ratio is an improvement; a ratio within the spread is neither."""
-    if cell.ratio is None or cell.distinct is False or f"{cell.ratio:.2f}" == "1.00":
+    judged = row.better in (HIGHER, LOWER) and cell.distinct is not False
+    if cell.ratio is None or not judged or f"{cell.ratio:.2f}" == "1.00":
         return "same"
     return "better" if (cell.ratio > 1) == (row.better == HIGHER) else "worse"
 

@@ -8,7 +8,7 @@ from trtkit.report.cells import best_of
 from trtkit.report.columns import Configuration
 from trtkit.report.model import OK, Cell, Column, Row, Section, Tile
 from trtkit.report.text import number, ratio_text, spread_text
-from trtkit.spec.metrics import LOWER
+from trtkit.spec.metrics import HIGHER, LOWER
 
 
 def tiles(found: Sequence[Configuration], sections: Sequence[Section]) -> tuple[Tile, ...]:
@@ -71,7 +71,7 @@ def _quality(rows: Sequence[Row], columns: Sequence[Column]) -> Tile | None:
     """The first task: the configuration that loses most against the first column."""
     for row in rows:
         scored = [(cell.value, i) for i, cell in enumerate(row.cells) if cell.status == OK and cell.value is not None]
-        if not scored:
+        if not scored or row.better not in (HIGHER, LOWER):
             continue
         worst = (max(scored) if row.better == LOWER else min(scored))[1]
         cell, base = row.cells[worst], row.cells[0]
