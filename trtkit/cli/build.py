@@ -2,9 +2,65 @@
 
 from __future__ import annotations
 
-from trtkit.spec.errors import UnsupportedError
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtkit.cli.common import ForceFlag, JsonFlag, emit, progress_bars
+
+_Limit = int | None
+Recipe = Annotated[str | None, typer.Argument(help="Recipe: a TOML file, or a name from builds/recipes/.")]
+Model = Annotated[str | None, typer.Option(help="Model directory, catalog preset or hub id.")]
+Name = Annotated[str | None, typer.Option(help="Engine name (default: the recipe's, or made from the options).")]
+Precision = Annotated[str | None, typer.Option(help="fp32, fp16 (default), bf16 or int8.")]
+Compute = Annotated[str | None, typer.Option("--dtype", help="Compute type beside int8 weights (default fp16).")]
+Gpu = Annotated[str | None, typer.Option(help="Device it is for: cpu (default) or a catalog entry, such as h100.")]
+Tp = Annotated[int | None, typer.Option(help="Tensor-parallel ranks (default 1).")]
+Kv = Annotated[str | None, typer.Option(help="KV policy: full (default), h2o:50%, h2o:2048, window:1024, ...")]
+Target = Annotated[str | None, typer.Option(help="auto (default), embedded, tensorrt or pytorch.")]
+MaxBatch = Annotated[_Limit, typer.Option("--max-batch-size", help="Requests in flight at once (default 32).")]
+MaxTokens = Annotated[_Limit, typer.Option("--max-num-tokens", help="Tokens of one step (default 8192).")]
+MaxSeq = Annotated[_Limit, typer.Option("--max-seq-len", help="Prompt plus output of one request (default 8192).")]
+KvMemory = Annotated[str | None, typer.Option(help="KV pool per device, such as 12GiB (default: 90% of what is free).")]
+Output = Annotated[Path, typer.Option("--output", help="Directory that engines go to.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and steps; write nothing.")]
 
 
-def command() -> None:
-    """Not written yet."""
-    raise UnsupportedError("`trtkit build` is not written yet")
+def command(  # noqa: PLR0917 - typer's options
+    recipe: Recipe = None,
+    model: Model = None,
+    name: Name = None,
+    precision: Precision = None,
+    dtype: Compute = None,
+    gpu: Gpu = None,
+    tp: Tp = None,
+    kv: Kv = None,
+    target: Target = None,
+    max_batch_size: MaxBatch = None,
+    max_num_tokens: MaxTokens = None,
+    max_seq_len: MaxSeq = None,
+    kv_memory: KvMemory = None,
+    output: Output = Path("builds"),
+    dry_run: DryRun = False,
+    force: ForceFlag = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Build an engine from a recipe, from options, or from a recipe with options on top. A killed build resumes."""
+    from trtkit.backends.build import build_engine
+    from trtkit.backends.outline import outline, render, summary
+    from trtkit.backends.recipe import BuildOptions, load_recipe, make_plan
+
+    given = BuildOptions(
+        model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, kv=kv, target=target,
+        max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
+    )  # fmt: skip
+    plan, source = make_plan(given.over(load_recipe(recipe)) if recipe else given, look_up=not dry_run)
+    if dry_run:
+        outlined = outline(plan, output)
+        emit(outlined, render(outlined), as_json=as_json)
+        return
+    with progress_bars(quiet=as_json) as progress:
+        bundle = build_engine(plan, source, output, progress=progress, force=force)
+    payload = {"path": str(bundle.path), "digest": bundle.manifest.digest, "manifest": bundle.manifest}
+    emit(payload, summary(bundle), as_json=as_json)

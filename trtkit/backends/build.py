@@ -1,0 +1,205 @@
+"""Building an engine bundle. The embedded target is written here; others register a builder in `BUILDERS`.
+
+A build works in `<name>.engine.partial`. What a killed build finished is kept for the next run of the same plan on the
+same source; the manifest is written last, and only then does the directory get its name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from trtkit.backends.fit import check_fit
+from trtkit.backends.model_source import ModelSource
+from trtkit.spec.atomic import output_errors, write_text
+from trtkit.spec.bundle import (
+    MANIFEST_NAME,
+    EngineBundle,
+    FileEntry,
+    Manifest,
+    bundle_files,
+    file_entry,
+    open_bundle,
+    write_manifest,
+)
+from trtkit.spec.checkpoint import CONFIG_NAME
+from trtkit.spec.codec import canonical_json, digest
+from trtkit.spec.directory import absolute, check_free, publish, working_directory
+from trtkit.spec.errors import MissingDependencyError, OutputError
+from trtkit.spec.kv import KVFidelity
+from trtkit.spec.plan import BuildPlan
+from trtkit.spec.progress import Progress, no_progress
+from trtkit.version import __version__
+
+ENGINE_SUFFIX = ".engine"
+BUILDERS: dict[str, str] = {"embedded": "trtkit.backends.build:build_embedded"}
+"""Target -> "module:function"; the function takes a `BuildJob` and fills its directory."""
+
+TOKENIZER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_PLAN_NAME = ".plan.json"
+_KIB = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildJob:
+    """One build in progress. Builders add to `phases_s` and `verification`."""
+
+    plan: BuildPlan
+    source_dir: Path
+    directory: Path
+    progress: Progress = no_progress
+    phases_s: dict[str, float] = field(default_factory=dict)
+    verification: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase."""
+        started = time.monotonic()
+        yield
+        self.phases_s[name] = time.monotonic() - started
+
+
+def engine_path(plan: BuildPlan, out_dir: Path) -> Path:
+    """Where the plan's engine goes."""
+    return absolute(out_dir / f"{plan.name}{ENGINE_SUFFIX}")
+
+
+def build_engine(
+    plan: BuildPlan,
+    source: ModelSource | Path,
+    out_dir: Path,
+    *,
+    progress: Progress = no_progress,
+    force: bool = False,
+) -> EngineBundle:
+    """Build the plan's engine from a Hugging Face directory into `out_dir`.
+
+    What can be refused is refused before weights are downloaded or anything is written.
+
+    Raises:
+        CapacityError: weights and the least KV cache do not fit the device.
+        InputError: the source is damaged or incomplete, or the finished engine does not compute what it should.
+        MissingDependencyError: the target's packages are not installed.
+        OutputError: the engine exists (without `force`), cannot be written, or the disk is full.
+    """
+    builder = _builder(plan.target)
+    path = engine_path(plan, out_dir)
+    check_free(path, force=force, marker=MANIFEST_NAME)
+    check_fit(plan)
+    source_dir = source if isinstance(source, Path) else source.fetch()
+    with working_directory(path) as partial:
+        _keep_only_same_build(partial, plan, source_dir)
+        job = BuildJob(plan=plan, source_dir=source_dir, directory=partial, progress=progress)
+        builder(job)
+        with job.phase("manifest"):
+            files = {str(file.relative_to(partial)): file_entry(file) for file in bundle_files(partial)}
+        write_manifest(partial, _manifest(job, files))
+        publish(partial, path)
+    return open_bundle(path)
+
+
+def build_embedded(job: BuildJob) -> None:
+    """Convert, copy the tokenizer, and check the result against transformers."""
+    from trtkit.backends.verify import verify
+    from trtkit.trtllm.convert import convert
+
+    checkpoint = job.directory / "checkpoint"
+    if not (checkpoint / CONFIG_NAME).is_file():
+        with job.phase("convert"):
+            plan = job.plan
+            convert(
+                job.source_dir,
+                checkpoint,
+                quant=plan.quant,
+                parallel=plan.parallel,
+                name=plan.model.name,
+                progress=job.progress,
+            )
+    copy_tokenizer(job.source_dir, job.directory / "tokenizer")
+    with job.phase("verify"):
+        job.verification.update(verify(job.plan.model, job.plan.quant, job.source_dir, checkpoint))
+
+
+def copy_tokenizer(source_dir: Path, directory: Path) -> None:
+    """Copy what a tokenizer needs; a model without one gives an engine that takes token ids only.
+
+    Raises:
+        OutputError: cannot be written.
+    """
+    with output_errors(directory):
+        directory.mkdir(exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (source_dir / name).is_file():
+                shutil.copyfile(source_dir / name, directory / name)
+
+
+def _builder(target: str) -> Callable[[BuildJob], None]:
+    if target not in BUILDERS:
+        raise MissingDependencyError(
+            f"target {target!r} needs TensorRT-LLM, which is not installed here (pip install 'trtkit[tensorrt-llm]' on a "
+            "machine with an NVIDIA GPU, or docker/); --target embedded builds and runs without it"
+        )
+    module, _, function = BUILDERS[target].partition(":")
+    builder: Callable[[BuildJob], None] = getattr(importlib.import_module(module), function)
+    return builder
+
+
+def _keep_only_same_build(partial: Path, plan: BuildPlan, source_dir: Path) -> None:
+    """Clear what a build of another plan or another source left behind.
+
+    Raises:
+        OutputError: the directory holds something that no build left.
+    """
+    stat = {f.name: (f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(source_dir.iterdir()) if f.is_file()}
+    wanted = digest({"plan": plan, "source": str(source_dir.absolute()), "files": stat, "trtkit": __version__})
+    note = partial / _PLAN_NAME
+    left = [entry for entry in partial.iterdir() if not entry.name.startswith(".")]
+    if left and not note.is_file():
+        raise OutputError(f"{partial}: holds files that no build left there; move them away")
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
+        return
+    with output_errors(partial):
+        for entry in left:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    write_text(note, canonical_json(wanted))
+
+
+def _manifest(job: BuildJob, files: Mapping[str, FileEntry]) -> Manifest:
+    return Manifest(
+        plan=job.plan,
+        fidelity=KVFidelity.EXACT,
+        versions=_versions(),
+        files=files,
+        created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        phases_s={name: round(seconds, 3) for name, seconds in job.phases_s.items()},
+        peak_build_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB,
+        verification=job.verification,
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "safetensors", "numpy")
+    return {"trtkit": __version__, "python": platform.python_version()} | {p: metadata.version(p) for p in packages}

@@ -1,0 +1,83 @@
+"""What a build would do, without doing it: `trtkit build --dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtkit.backends.build import engine_path
+from trtkit.backends.fit import Sizes, check_fit
+from trtkit.spec.bundle import MANIFEST_NAME, EngineBundle
+from trtkit.spec.checkpoint import checkpoint_tensors, rank_file
+from trtkit.spec.plan import BuildPlan
+from trtkit.spec.units import format_gib
+from trtkit.trtllm.convert import stored_quant
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outline:
+    """A plan, where its engine would go, its modeled sizes and the steps in order."""
+
+    plan: BuildPlan
+    output: str
+    source: str
+    sizes: Sizes
+    checkpoint_bytes: int
+    steps: tuple[str, ...]
+
+
+def outline(plan: BuildPlan, out_dir: Path) -> Outline:
+    """Describe a build.
+
+    Raises:
+        CapacityError: it would not fit.
+    """
+    found = check_fit(plan)
+    tensors = checkpoint_tensors(plan.model, stored_quant(plan.quant, plan.target), plan.parallel)
+    checkpoint_bytes = sum(tensor.num_bytes for tensor in tensors) * plan.parallel.world_size
+    output = engine_path(plan, out_dir)
+    files = ", ".join(rank_file(rank) for rank in range(plan.parallel.world_size))
+    return Outline(
+        plan=plan,
+        output=str(output),
+        source=plan.model_source,
+        sizes=found,
+        checkpoint_bytes=checkpoint_bytes,
+        steps=(
+            f"convert {plan.model_source} to checkpoint/ ({files}, {format_gib(checkpoint_bytes)})",
+            "copy the tokenizer to tokenizer/",
+            "verify the checkpoint against transformers on a short prompt",
+            *(("build engine/ with trtllm-build",) if plan.target == "tensorrt" else ()),
+            f"write {MANIFEST_NAME} and rename to {output.name}",
+        ),
+    )
+
+
+def summary(bundle: EngineBundle) -> str:
+    """A finished build in one line."""
+    manifest = bundle.manifest
+    size = format_gib(sum(entry.size_bytes for entry in manifest.files.values()))
+    seconds = sum(manifest.phases_s.values())
+    drift = manifest.verification.get("drift")
+    checked = "" if drift is None else f", drift from transformers {drift:.2g}"
+    return f"{bundle.path}: {size}, {seconds:.1f} s{checked}, digest {manifest.digest}"
+
+
+def render(outlined: Outline) -> str:
+    """For people."""
+    plan, found = outlined.plan, outlined.sizes
+    limits = plan.limits
+    pool = "sized at start" if found.kv_pool_bytes is None else format_gib(found.kv_pool_bytes)
+    device = "memory unknown" if found.device_bytes is None else format_gib(found.device_bytes)
+    lines = [
+        f"{outlined.output}",
+        f"  model      {plan.model.name} ({plan.model.num_params:,} parameters)",
+        f"  precision  {plan.quant.precision}: weights {plan.quant.weights.value}, compute {plan.quant.compute.value}, "
+        f"KV {plan.quant.kv.value}",
+        f"  target     {plan.target} on {plan.gpu}, tp {plan.parallel.tp}, KV policy {plan.kv.label}",
+        f"  limits     {limits.max_batch_size} requests, {limits.max_num_tokens} tokens a step, "
+        f"{limits.max_seq_len} tokens a request",
+        f"  memory     weights {format_gib(found.weight_bytes)}, one longest request's KV "
+        f"{format_gib(found.min_kv_bytes)}, KV pool {pool}; {plan.gpu} has {device} (modeled, per device)",
+    ]
+    return "\n".join(lines + [f"  {number}. {step}" for number, step in enumerate(outlined.steps, 1)])

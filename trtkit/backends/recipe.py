@@ -1,0 +1,198 @@
+"""What to build, as people write it: a recipe file, command line options, or both. Lowered once, to a `BuildPlan`.
+
+A recipe is TOML whose keys are the fields of `BuildOptions`; options given on the command line win over it. `model`
+is a directory (relative to the recipe), a preset of the catalog, or a hub id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtkit.backends.model_source import ModelSource, resolve_model
+from trtkit.spec.catalog import gpu_spec
+from trtkit.spec.codec import from_plain
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import InputError, UsageError
+from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
+from trtkit.spec.plan import TARGETS, BuildPlan, Limits, Parallelism
+from trtkit.spec.quant import QuantSpec, quant_for
+from trtkit.spec.units import GIB, KIB, MIB
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - the same module under its older name
+    import tomli as tomllib
+
+CPU = "cpu"
+_DEFAULT_MAX_SEQ_LEN = 8192
+_UNITS = {"": 1, "b": 1, "kib": KIB, "mib": MIB, "gib": GIB, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildOptions:
+    """Every choice of a build; None is "not said". `kv_memory` is text with a unit, such as "12GiB"."""
+
+    model: str | None = None
+    name: str | None = None
+    model_name: str | None = None
+    description: str = ""
+    precision: str | None = None
+    dtype: str | None = None
+    gpu: str | None = None
+    tp: int | None = None
+    kv: str | None = None
+    target: str | None = None
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
+    max_seq_len: int | None = None
+    tokens_per_block: int | None = None
+    kv_memory: str | None = None
+    kv_fraction: float | None = None
+
+    def over(self, base: BuildOptions) -> BuildOptions:
+        """These options, with `base`'s value where nothing was said."""
+        said = {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) not in (None, "")}
+        return dataclasses.replace(base, **said)
+
+
+def load_recipe(name: str) -> BuildOptions:
+    """Read a recipe by path, or by name from `builds/recipes/` and from the recipes shipped with trtkit.
+
+    The engine is named after the recipe unless it says otherwise.
+
+    Raises:
+        UsageError: no such recipe; the message lists those there are.
+        InputError: not TOML, or an unknown key or a wrong type in it.
+    """
+    path = _find_recipe(name)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a recipe (TOML expected): {error}") from None
+    options = from_plain(BuildOptions, data, path.name)
+    model = options.model
+    if model is not None and model.startswith((".", "/")):
+        model = str((path.parent / model).resolve())
+    return dataclasses.replace(options, model=model, name=options.name or path.stem)
+
+
+def recipe_directories() -> list[Path]:
+    """Where recipes are looked up by name, first match wins."""
+    package = Path(__file__).resolve().parents[1]
+    return [Path("builds/recipes"), package / "data" / "recipes", package.parent / "builds" / "recipes"]
+
+
+def _find_recipe(name: str) -> Path:
+    if name.endswith(".toml") or Path(name).is_file():
+        if not Path(name).is_file():
+            raise UsageError(f"{name}: no such recipe file")
+        return Path(name)
+    for directory in recipe_directories():
+        if (directory / f"{name}.toml").is_file():
+            return directory / f"{name}.toml"
+    known = sorted({path.stem for directory in recipe_directories() for path in directory.glob("*.toml")})
+    raise UsageError(f"no recipe {name!r}; known are {', '.join(known) or 'none'} (or give --model)")
+
+
+def make_plan(options: BuildOptions, *, look_up: bool = True) -> tuple[BuildPlan, ModelSource]:
+    """Decide everything that was left open.
+
+    Args:
+        options: what was said.
+        look_up: read a hub model's own config, not the catalog's idea of it.
+
+    Raises:
+        UsageError: an option has a value that is not allowed, or the model is not named.
+        InputError: the model's directory or config cannot be read.
+    """
+    if options.model is None:
+        raise UsageError("nothing to build: name a recipe or give --model DIRECTORY, PRESET or HUB_ID")
+    source = resolve_model(options.model, name=options.model_name, look_up=look_up)
+    gpu = gpu_spec(options.gpu or CPU).name
+    quant = _quant(options)
+    kv = parse_kv_policy(options.kv or "full")
+    parallel = Parallelism(tp=_or(options.tp, 1))
+    plan = BuildPlan(
+        name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv)),
+        model=source.model,
+        model_source=options.model,
+        gpu=gpu,
+        quant=quant,
+        kv=kv,
+        parallel=parallel,
+        limits=_limits(options, source.model.max_position_embeddings),
+        target=_target(options.target, gpu),
+    )
+    return plan, source
+
+
+def engine_name(model: str, quant: QuantSpec, gpu: str, parallel: Parallelism, kv: KVPolicySpec) -> str:
+    """`<model>-<precision>-<gpu>[-tpN][-kv]`, safe as a directory name."""
+    parts = [model, quant.precision, gpu]
+    if parallel.tp > 1:
+        parts.append(f"tp{parallel.tp}")
+    if not kv.is_full:
+        parts.append(kv.label.replace(":budget=", "-b").replace(":", "").replace("%", "").replace("=", ""))
+    return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """`12GiB`, `512 MiB`, `8GB` or plain bytes.
+
+    Raises:
+        UsageError: no number, an unknown unit, or nothing above zero; `what` names the option.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS:
+        raise UsageError(f"{what} is {text!r}: expected a number with a unit, such as 12GiB or 512MiB")
+    value = int(float(match[1]) * _UNITS[match[2].lower()])
+    if value <= 0:
+        raise UsageError(f"{what} is {text!r}, must be above 0")
+    return value
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"engine name {name!r}: letters, digits, '.', '_' and '-' only, as it names a directory")
+    return name
+
+
+def _quant(options: BuildOptions) -> QuantSpec:
+    precision = options.precision or "fp16"
+    compute = DType.parse(options.dtype) if options.dtype else None
+    quant = quant_for(precision, compute=compute)
+    if compute is not None and quant.compute is not compute:
+        raise UsageError(f"dtype {options.dtype} with precision {precision}: dtype is for int8, leave it out")
+    return quant
+
+
+def _target(target: str | None, gpu: str) -> str:
+    if target in (None, "auto"):
+        return "embedded" if gpu == CPU else "tensorrt"
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}: allowed are auto, {', '.join(TARGETS)}")
+    return target
+
+
+def _limits(options: BuildOptions, max_position: int) -> Limits:
+    max_seq_len = _or(options.max_seq_len, min(_DEFAULT_MAX_SEQ_LEN, max_position))
+    if max_seq_len > max_position:
+        raise UsageError(f"max_seq_len is {max_seq_len}, the model was made for at most {max_position} positions")
+    given: dict[str, Any] = {
+        name: value
+        for name in ("max_batch_size", "max_num_tokens", "tokens_per_block", "kv_fraction")
+        if (value := getattr(options, name)) is not None
+    }
+    kv_memory = None if options.kv_memory is None else parse_bytes(options.kv_memory, "kv_memory")
+    return Limits(max_seq_len=max_seq_len, kv_memory_bytes=kv_memory, **given)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
