@@ -105,7 +105,7 @@ def build_engine(
         MissingDependencyError: the target's packages are not installed.
         OutputError: the engine exists (without `force`), cannot be written, or the disk is full.
     """
-    builder = _builder(plan.target)
+    builder = builder_of(plan.target)
     path = engine_path(plan, out_dir)
     check_free(path, force=force, marker=MANIFEST_NAME)
     check_fit(plan)
@@ -156,7 +156,12 @@ def copy_tokenizer(source_dir: Path, directory: Path) -> None:
                 shutil.copyfile(source_dir / name, directory / name)
 
 
-def _builder(target: str) -> Callable[[BuildJob], None]:
+def builder_of(target: str) -> Callable[[BuildJob], None]:
+    """The function that builds for a target.
+
+    Raises:
+        MissingDependencyError: the target's packages are not installed.
+    """
     if target not in BUILDERS:
         raise MissingDependencyError(
             f"target {target!r} needs TensorRT-LLM, which is not installed here (pip install 'trtkit[tensorrt-llm]' on a "

@@ -78,10 +78,13 @@ def download(hub_id: str, *, weights: bool) -> Path:
         raise InputError(f"{hub_id}: gated; accept its licence on the hub and run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise InputError(f"{hub_id}: no such model on the hub (or it is private: run `hf auth login`)") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        reason = type(error).__name__
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise InputError(
-            f"{hub_id}: cannot be downloaded ({reason}); give a local directory with --model, or go online"
+            f"{hub_id}: not in the local cache, and the hub cannot be reached; go online or give --model DIRECTORY"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"{hub_id}: the download failed ({type(error).__name__}); run the same command again"
         ) from None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtkit.backends.build import builder_of
 from trtkit.backends.model_source import ModelSource, resolve_model
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.codec import from_plain
@@ -101,21 +102,25 @@ def _find_recipe(name: str) -> Path:
     raise UsageError(f"no recipe {name!r}; known are {', '.join(known) or 'none'} (or give --model)")
 
 
-def make_plan(options: BuildOptions, *, look_up: bool = True) -> tuple[BuildPlan, ModelSource]:
+def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPlan, ModelSource]:
     """Decide everything that was left open.
 
     Args:
         options: what was said.
-        look_up: read a hub model's own config, not the catalog's idea of it.
+        dry_run: nothing will be built, so the catalog's shape will do and the target need not be installed.
 
     Raises:
         UsageError: an option has a value that is not allowed, or the model is not named.
+        MissingDependencyError: the target is not installed.
         InputError: the model's directory or config cannot be read.
     """
     if options.model is None:
         raise UsageError("nothing to build: name a recipe or give --model DIRECTORY, PRESET or HUB_ID")
-    source = resolve_model(options.model, name=options.model_name, look_up=look_up)
     gpu = gpu_spec(options.gpu or CPU).name
+    target = _target(options.target, gpu)
+    if not dry_run:
+        builder_of(target)
+    source = resolve_model(options.model, name=options.model_name, look_up=not dry_run)
     quant = _quant(options)
     kv = parse_kv_policy(options.kv or "full")
     parallel = Parallelism(tp=_or(options.tp, 1))
@@ -128,7 +133,7 @@ def make_plan(options: BuildOptions, *, look_up: bool = True) -> tuple[BuildPlan
         kv=kv,
         parallel=parallel,
         limits=_limits(options, source.model.max_position_embeddings),
-        target=_target(options.target, gpu),
+        target=target,
     )
     return plan, source
 

@@ -55,7 +55,7 @@ def command(  # noqa: PLR0917 - typer's options
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
     )  # fmt: skip
-    plan, source = make_plan(given.over(load_recipe(recipe)) if recipe else given, look_up=not dry_run)
+    plan, source = make_plan(given.over(load_recipe(recipe)) if recipe else given, dry_run=dry_run)
     if dry_run:
         outlined = outline(plan, output)
         emit(outlined, render(outlined), as_json=as_json)
