@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from trtkit.plan.prices import GpuPrice, OnPrem, PriceBook
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import KVStats
 from trtkit.spec.kv import KVFidelity, parse_kv_policy
@@ -37,6 +38,20 @@ MODEL = ModelSpec(
     intermediate_size=128,
     vocab_size=256,
     max_position_embeddings=1024,
+)
+PRICES = PriceBook(
+    gpu=(
+        GpuPrice(gpu="cpu", kind="cloud", name="made-up", usd_per_gpu_h=0.1, source="assumed: made up", date="2026-01"),
+    ),
+    onprem=OnPrem(
+        capex_usd=0.0,
+        amortise_months=1,
+        power_overhead=1.0,
+        usd_per_kwh=0.0,
+        maintenance_usd_month=0.0,
+        source="assumed: made up",
+        date="2026-01",
+    ),
 )
 CONCURRENCIES = (1, 4, 8)
 CONTEXTS = (64, 256)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.golden import check_golden
-from support.synthetic_records import small_set
+from support.synthetic_records import PRICES, small_set
 
 from trtkit.report.assemble import assemble
 from trtkit.report.records import Records
@@ -16,5 +16,5 @@ from trtkit.report.write import render
 @pytest.mark.parametrize(("fmt", "file"), [("md", "report.md"), ("csv", "report.csv"), ("console", "report.txt")])
 def test_text_formats_stay_what_they_are(fmt: str, file: str) -> None:
     bench, quality = small_set()
-    report = assemble(Records(bench=bench, quality=quality), title="synthetic records, nothing was measured")
+    report = assemble(Records(bench=bench, quality=quality), PRICES, title="synthetic records, nothing was measured")
     check_golden(Path(__file__).with_name(file), render(report, fmt))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from support.synthetic_records import bench, full_set, invalid, quality
+from support.synthetic_records import PRICES, bench, full_set, invalid, quality
 
 from trtkit.report.assemble import assemble
 from trtkit.report.model import Report, Row
@@ -13,7 +13,7 @@ from trtkit.spec.workload import SLO
 
 
 def report_of(*results: BenchResult, scores: tuple[QualityResult, ...] = ()) -> Report:
-    return assemble(Records(bench=results, quality=scores))
+    return assemble(Records(bench=results, quality=scores), PRICES)
 
 
 def rows(report: Report, title: str) -> list[Row]:
