@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from trtkit_h2o.oracle import LayerOracle
-from trtkit_h2o.policy import H2O
 
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_tensors
@@ -22,6 +20,8 @@ from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
 from trtkit.spec.quant import quant_for
+from trtkit_h2o.oracle import LayerOracle
+from trtkit_h2o.policy import H2O
 
 
 def small_model(**overrides) -> ModelSpec:
@@ -57,7 +57,7 @@ def random_tensors(model: ModelSpec, seed: int = 0) -> dict[str, torch.Tensor]:
 def open_small(
     model: ModelSpec, tensors: dict[str, torch.Tensor], kv: str = "full", *, blocks: int = 256, **limits
 ) -> EmbeddedEngine:
-    values = {"max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 256, "tokens_per_block": 4, **limits}
+    values = {"max_batch_size": 8, "max_num_tokens": 128, "max_seq_len": 256, "tokens_per_block": 4, **limits}
     size = model.kv_bytes_per_token(DType.FP32) * values["tokens_per_block"] * blocks
     return open_tensors(model, tensors, limits=Limits(kv_memory_bytes=size, **values), kv_policy=parse_kv_policy(kv))
 

@@ -31,26 +31,32 @@ from trtkit.kv.selection import check_slots
 from trtkit.spec.errors import EngineError, UnsupportedError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
+from trtkit.spec.plan import Limits
 
-RING_QUERIES = 32
-"""Decode queries that wait for one pass over the keys; more would read less and hold more."""
+RING_QUERIES = 32  # decode queries that wait for one pass over the keys; more would read less and hold more
 _MIN_PIECE = 64
 _PIECES_PER_BUDGET = 32
 _GATHERED_ELEMENTS = 1 << 21
 
 
-def prefill_piece(budget: Budget) -> int:
-    """Tokens of a prompt between two evictions: 64, or a 32nd of a large budget, so the peak stays near the budget."""
-    return max(_MIN_PIECE, budget.tokens // _PIECES_PER_BUDGET)
+def prefill_piece(budget: Budget, limits: Limits) -> int:
+    """Tokens of a prompt between two evictions: 64, or a 32nd of a large budget, so the peak stays near the budget.
+
+    A piece is fed whole, so it must find room in a step beside a full batch of decoding requests.
+    """
+    beside_decodes = max(1, limits.max_num_tokens - limits.max_batch_size + 1)
+    return min(max(_MIN_PIECE, budget.tokens // _PIECES_PER_BUDGET), beside_decodes)
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Tracked:
-    """What is known about one evicting sequence. `pending` ring queries are not in the ledger yet."""
+    """What is known about one evicting sequence. `pending` ring queries are not in the ledger yet; `prompt_cap` is its
+    `kv_cap_tokens` while the prompt is fed."""
 
     policy: EvictionPolicy
     ledger: AttentionLedger
     ring: QueryRing | None
+    prompt_cap: int | None
     ring_slot: int = 0
     pending: int = 0
 
@@ -97,7 +103,7 @@ class EvictionObserver:
             bounds = (0, *sequence.chunk_ends, sequence.prompt_len)
             piece = max(end - start for start, end in itertools.pairwise(bounds))
         else:
-            piece = min(prefill_piece(budget), self._scheduler.limits.max_num_tokens)
+            piece = prefill_piece(budget, self._scheduler.limits)
             sequence.prefill_quantum = piece
         sequence.evicts = True
         sequence.kv_cap_tokens = min(budget.tokens + max(piece, budget.interval), max(grown, sequence.prompt_len))
@@ -133,7 +139,10 @@ class EvictionObserver:
         """See `LayerObserver.forget`."""
         self.failed.pop(sequence, None)
         tracked = self._tracked.pop(sequence, None)
-        if tracked is not None and tracked.ring is not None:
+        if tracked is None:
+            return
+        sequence.kv_cap_tokens = tracked.prompt_cap
+        if tracked.ring is not None:
             tracked.ring.give(tracked.ring_slot)
 
     def _policy(self, spec: KVPolicySpec) -> EvictionPolicy | None:
@@ -193,6 +202,7 @@ class EvictionObserver:
                 device=str(self._cache.device),
             ),
             ring=ring,
+            prompt_cap=sequence.kv_cap_tokens,
             ring_slot=ring.take() if ring is not None else 0,
         )
         self._tracked[sequence] = tracked
@@ -253,6 +263,9 @@ class EvictionObserver:
         move_slots(self._cache, sequence.block_table, moves)
         ledger.compact(moves)
         sequence.cache_len = budget.tokens
+        if sequence.num_tokens >= sequence.prompt_len and sequence.kv_cap_tokens is not None:
+            # No piece of a prompt is coming any more, so admission may count with less.
+            sequence.kv_cap_tokens = min(sequence.kv_cap_tokens, budget.tokens + budget.interval)
         self.counters.blocks_freed += self._scheduler.trim(sequence)
         self.counters.evictions += 1
         self.counters.tokens_evicted += before - budget.tokens
