@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trtkit.backends.tokenizer import Tokenizer
 from trtkit.quality.records import MetricSpec, QualitySource, eviction_check, quality_result, standard_error
 from trtkit.quality.scoring import ScoringCounts
 from trtkit.spec.engine import EngineInfo, Scorer, ScoreRequest, ScoreResult
@@ -109,6 +110,13 @@ def load_texts(path: Path) -> dict[str, str]:
     return texts
 
 
+def read_windows(tokenizer: Tokenizer, rules: HeldoutRules, path: Path | None = None) -> list[HeldoutWindow]:
+    """Windows of a text file or a directory of them; the shipped text where `path` is None."""
+    texts = load_texts(default_heldout() if path is None else path)
+    documents = {name: tokenizer.encode(text, add_special_tokens=False) for name, text in texts.items()}
+    return heldout_windows(documents, rules, bos_id=tokenizer.bos_id)
+
+
 def heldout_windows(
     documents: Mapping[str, Sequence[int]], rules: HeldoutRules, *, bos_id: int | None = None
 ) -> list[HeldoutWindow]:
@@ -119,8 +127,6 @@ def heldout_windows(
     """
     prefix = () if bos_id is None else (bos_id,)
     step = rules.window - len(prefix)
-    if step <= rules.scored - 1:
-        raise UsageError(f"held-out windows: a context of {rules.context} has no room for text behind BOS")
     windows = [
         _window(name, index, (*prefix, *ids[start : start + step]), rules)
         for name, ids in documents.items()
