@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trtkit.spec.atomic import write_text
-from trtkit.spec.errors import InputError
+from trtkit.spec.errors import InputError, UsageError
 
 SCHEMA_VERSION = 1
 T = TypeVar("T")
@@ -57,6 +58,7 @@ def from_plain(cls: type[T], data: Any, path: str = "") -> T:
 
     Raises:
         InputError: a key is unknown or missing, or a value has the wrong type; the message gives its path.
+        UsageError: `cls` itself refuses a value of the right type.
     """
     return typing.cast("T", _decode(cls, data, path or cls.__name__))
 
@@ -129,7 +131,8 @@ def _decode_dataclass(cls: type, data: Any, path: str) -> Any:
 
 
 def _decode_scalar(hint: Any, data: Any, path: str) -> Any:
-    if hint is float and isinstance(data, int) and not isinstance(data, bool):
+    if hint is float and isinstance(data, (int, float)) and not isinstance(data, bool):
+        _expect(abs(data) <= sys.float_info.max, path, "a finite number", data)
         return float(data)
     if isinstance(data, bool) and hint is not bool:
         _expect(False, path, hint.__name__, data)
@@ -159,7 +162,11 @@ def read_record(path: Path, kind: str, cls: type[T]) -> T:
     Raises:
         InputError: not JSON, another kind, a schema this version does not know, or damaged.
     """
-    return from_plain(cls, read_envelope(path, kind), path.name)
+    data = read_envelope(path, kind)
+    try:
+        return from_plain(cls, data, path.name)
+    except UsageError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def read_envelope(path: Path, kind: str | None = None) -> Any:
@@ -168,7 +175,9 @@ def read_envelope(path: Path, kind: str | None = None) -> Any:
         body = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a record (JSON expected): {error}") from None
     if not isinstance(body, dict) or "kind" not in body or "data" not in body:
         raise InputError(f"{path}: not a trtkit record (no 'kind' and 'data')")

@@ -7,6 +7,7 @@ it into tokens before anything below the command line sees it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from enum import Enum
 
 from trtkit.spec.errors import UsageError
@@ -14,6 +15,8 @@ from trtkit.spec.errors import UsageError
 FULL = "full"
 _OPTIONS = {"budget": int, "recent": int, "sinks": int, "interval": int, "scorer": str}
 _ALIASES = {"sink": "sinks", "beta": "interval"}
+_ROUNDING = 1e-6
+"""29 % of 100 is 29, although 0.29 * 100 is 28.999999999999996 in floating point."""
 
 
 class KVFidelity(str, Enum):
@@ -83,7 +86,7 @@ class KVPolicySpec:
         """The spelling `parse_kv_policy` reads back."""
         if self.is_full:
             return FULL
-        parts = [f"{self.budget_fraction * 100:g}%" if self.budget_fraction is not None else f"budget={self.budget}"]
+        parts = [f"budget={self.budget}" if self.budget_fraction is None else f"{_percent(self.budget_fraction)}%"]
         parts += [
             f"{name}={getattr(self, name)}"
             for name in ("recent", "sinks", "scorer", "interval")
@@ -95,7 +98,14 @@ class KVPolicySpec:
         """The same policy with its budget in tokens, a share being taken of `context_tokens`."""
         if self.budget_fraction is None:
             return self
-        return replace(self, budget=max(1, int(self.budget_fraction * context_tokens)), budget_fraction=None)
+        return replace(
+            self, budget=max(1, int(self.budget_fraction * context_tokens + _ROUNDING)), budget_fraction=None
+        )
+
+
+def _percent(fraction: float) -> str:
+    """`fraction` as a percentage that reads back exactly: the decimal point moves, nothing is rounded."""
+    return f"{Decimal(repr(fraction)).scaleb(2):f}"
 
 
 def parse_kv_policy(text: str) -> KVPolicySpec:
@@ -123,7 +133,7 @@ def _parse_option(text: str, part: str) -> tuple[str, object]:
         raise UsageError(f"KV policy {text!r}: unknown option {key!r}; allowed are {', '.join(_OPTIONS)}")
     try:
         if key == "budget" and value.endswith("%"):
-            return "budget_fraction", float(value[:-1]) / 100
+            return "budget_fraction", float(f"{value[:-1].strip()}e-2")
         return key, _OPTIONS[key](value.strip())
     except ValueError:
         raise UsageError(f"KV policy {text!r}: {key} is {value!r}, expected {_OPTIONS[key].__name__}") from None

@@ -78,3 +78,9 @@ class BuildPlan:
             raise UsageError(
                 f"tp={tp} does not divide {self.model.name}'s heads ({self.model.num_heads} query, {kv_heads} KV)"
             )
+        if self.model.intermediate_size % tp:
+            raise UsageError(f"tp={tp} does not divide {self.model.name}'s MLP width {self.model.intermediate_size}")
+        if self.model.num_layers % self.parallel.pp:
+            raise UsageError(
+                f"pp={self.parallel.pp} does not divide {self.model.name}'s {self.model.num_layers} layers"
+            )
