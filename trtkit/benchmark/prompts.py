@@ -26,8 +26,8 @@ _SPECIAL_IDS_FILE = "tokenizer.json"
 class Encoder(Protocol):
     """The part of a tokenizer that prompts need."""
 
-    def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the model's own BOS in front unless told otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +145,7 @@ def read_jsonl(path: Path, model: ModelSpec, tokenizer_dir: Path | None) -> Iter
             yield _checked_ids(row["prompt_ids"], model, where)
         elif isinstance(row.get("prompt"), str):
             encoder = encoder or load_encoder(tokenizer_dir)
-            yield _checked_ids(list(encoder.encode(row["prompt"])), model, where)
+            yield _checked_ids(encoder.encode(row["prompt"]), model, where)
         else:
             raise InputError(f"{where}: needs 'prompt_ids' (a list of token ids) or 'prompt' (a text)")
 

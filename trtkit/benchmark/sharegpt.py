@@ -73,7 +73,7 @@ def prompts_of(
     ids: list[int] = []
     for index in rng.permutation(len(conversations)):
         for turn in conversations[index]:
-            ids.extend(encoder.encode(turn + _TURN_SEPARATOR))
+            ids.extend(encoder.encode(turn + _TURN_SEPARATOR, add_special_tokens=not ids))
             if len(ids) >= isl:
                 yield np.array(ids[:isl], dtype=np.int32)
                 ids = []

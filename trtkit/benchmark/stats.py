@@ -30,17 +30,22 @@ def t_critical(degrees: int) -> float:
 
 
 def over_repeats(values: Sequence[float]) -> Stat:
-    """Median of the repeats with a 95 % t-interval of their mean, widened to hold the median; no interval below three.
+    """Median of the repeats with a 95 % t-interval, widened to hold the median; no interval below three.
 
+    Times and rates are positive and err by factors, so the interval is taken of their logarithms: it is positive too.
     Requests of one run share batches, so they are not independent; repeats are, which is why the interval is over
     them.
     """
     centre = float(median(values))
     low = high = None
     if len(values) >= MIN_REPEATS_FOR_INTERVAL:
-        mean = math.fsum(values) / len(values)
-        half = t_critical(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-        low, high = min(mean - half, centre), max(mean + half, centre)
+        positive = min(values) > 0
+        scaled = [math.log(value) for value in values] if positive else list(values)
+        mean = math.fsum(scaled) / len(scaled)
+        half = t_critical(len(values) - 1) * stdev(scaled) / math.sqrt(len(values))
+        ends = (mean - half, mean + half)
+        below, above = (math.exp(ends[0]), math.exp(ends[1])) if positive else ends
+        low, high = min(below, centre), max(above, centre)
     return Stat(value=centre, low=low, high=high, repeats=tuple(float(value) for value in values))
 
 

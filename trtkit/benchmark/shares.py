@@ -1,0 +1,97 @@
+"""How close a result is to what this machine could do: measured limit over measured value, by counted work.
+
+The work (operations, bytes) is counted from the model's shape, the rates were measured on this machine, so a share is
+modeled. 1.0 is the limit; nothing may exceed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
+from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.limits import matmul_limit, read_limit
+from trtkit.spec.measured import Measured, Source
+from trtkit.spec.plan import BuildPlan
+from trtkit.spec.result import MetricResult
+from trtkit.spec.units import MS_PER_S
+from trtkit.spec.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Floor:
+    """Least times in seconds: one prompt, and one decode step of `batch` sequences."""
+
+    prefill_s: float
+    step_s: float
+    batch: int
+
+
+def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int) -> Floor | None:
+    """The machine's floor for this cell; None where a rate was not measured.
+
+    A decode step needs the longer of reading (weights once, every cache once) and multiplying. Eight-bit weights are
+    multiplied in the compute type, as the embedded engine and W8A16 do.
+    """
+    flops = matmul_limit(limits, plan.quant.compute)
+    context = mean_context(plan.kv, workload)
+    step_bytes = decode_step_bytes(plan.model, plan.quant, [context] * batch)
+    reading = read_limit(limits, step_bytes)
+    if flops is None or reading is None or workload.isl == 0:
+        return None
+    multiply_s = batch * decode_flops(plan.model, context) / flops.value
+    return Floor(
+        prefill_s=prefill_flops(plan.model, workload.isl) / flops.value,
+        step_s=max(step_bytes / reading.value, multiply_s),
+        batch=batch,
+    )
+
+
+def mean_context(kv: KVPolicySpec, workload: Workload) -> float:
+    """Cached tokens a decode step sees, averaged over the output; at most the policy's budget."""
+    context = workload.isl + (workload.osl - 1) / 2
+    if kv.is_full:
+        return context
+    budget = kv.resolved(workload.isl + workload.osl).budget
+    return context if budget is None else min(context, budget)
+
+
+def shares(
+    plan: BuildPlan,
+    workload: Workload,
+    metrics: Mapping[str, MetricResult],
+    limits: Mapping[str, Measured],
+    *,
+    requests_peak: int | None = None,
+) -> Mapping[str, Measured]:
+    """Shares of the machine's limit for TTFT, TPOT and TPS, where they can be known.
+
+    `requests_peak` is how many requests the engine really ran at once, if fewer than asked.
+    """
+    batch = min(workload.concurrency or plan.limits.max_batch_size, plan.limits.max_batch_size)
+    batch = max(1, min(batch, requests_peak or batch))
+    least = floor(plan, workload, limits, batch)
+    if least is None:
+        return {}
+    result = {}
+    if ttft := _value(metrics, "ttft_ms", "p50"):
+        result["ttft_ms"] = _share(least.prefill_s * MS_PER_S / ttft, "prefill operations / matmul rate / TTFT p50")
+    # An open loop runs at whatever batch its arrivals make; its limit per step is unknown.
+    if (tpot := _value(metrics, "tpot_ms", "p50")) and workload.request_rate is None:
+        note = f"decode step of {batch}: the longer of bytes / read rate and operations / matmul rate, / TPOT p50"
+        result["tpot_ms"] = _share(least.step_s * MS_PER_S / tpot, note)
+    if tps := _value(metrics, "tps", "value"):
+        seconds = batch * least.prefill_s + (workload.osl - 1) * least.step_s
+        result["tps"] = _share(tps * seconds / (batch * workload.osl), f"TPS / TPS at the floor of batch {batch}")
+    return result
+
+
+def _value(metrics: Mapping[str, MetricResult], key: str, stat: str) -> float | None:
+    metric = metrics.get(key)
+    found = metric.stats.get(stat) if metric else None
+    return found.value if found else None
+
+
+def _share(value: float, note: str) -> Measured:
+    return Measured(value=value, unit="of limit", source=Source.MODELED, note=note)
