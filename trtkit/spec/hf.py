@@ -8,7 +8,6 @@ activation, a window in some layers only, YaRN) is refused here, before anything
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from typing import Any
 
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UnsupportedError, UsageError
+from trtkit.spec.hf_values import flag, positive_integer, positive_number, wrong_value
 from trtkit.spec.model import ModelSpec, RopeSpec
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
 _CHECKPOINT_DTYPES = (DType.FP32, DType.FP16, DType.BF16)
-_FROM_ZERO = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,15 +120,15 @@ def model_spec_from_hf(config: Mapping[str, Any], *, name: str) -> ModelSpec:
     architecture = _architecture(config)
     family = _FAMILIES[architecture]
     _refuse_features(config)
-    heads = _positive(config, "num_attention_heads")
-    hidden = _positive(config, "hidden_size")
-    layers = _positive(config, "num_hidden_layers")
-    kv_heads = _positive(config, "num_key_value_heads", family.kv_heads or heads)
+    heads = positive_integer(config, "num_attention_heads")
+    hidden = positive_integer(config, "hidden_size")
+    layers = positive_integer(config, "num_hidden_layers")
+    kv_heads = positive_integer(config, "num_key_value_heads", family.kv_heads or heads)
     if heads % kv_heads:
         raise InputError(
             f"key 'num_key_value_heads' is {kv_heads}, which does not divide num_attention_heads = {heads}"
         )
-    max_position = _positive(config, "max_position_embeddings", family.max_position)
+    max_position = positive_integer(config, "max_position_embeddings", family.max_position)
     return ModelSpec(
         name=name,
         architecture=architecture,
@@ -138,11 +137,11 @@ def model_spec_from_hf(config: Mapping[str, Any], *, name: str) -> ModelSpec:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=_head_dim(config, family, hidden=hidden, heads=heads),
-        intermediate_size=_positive(config, "intermediate_size"),
-        vocab_size=_positive(config, "vocab_size", family.vocab_size),
+        intermediate_size=positive_integer(config, "intermediate_size"),
+        vocab_size=positive_integer(config, "vocab_size", family.vocab_size),
         max_position_embeddings=max_position,
-        norm_epsilon=_positive_float(config, "rms_norm_eps", 1e-6),
-        tie_embeddings=_flag(config, "tie_word_embeddings"),
+        norm_epsilon=positive_number(config, "rms_norm_eps", 1e-6),
+        tie_embeddings=flag(config, "tie_word_embeddings"),
         attn_qkv_bias=_bias(config, "attention_bias", family.qkv_bias),
         attn_dense_bias=_bias(config, "attention_bias", family.dense_bias),
         mlp_bias=_bias(config, "mlp_bias", family.mlp_bias),
@@ -173,7 +172,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
     listed = config.get("architectures")
     model_type = config.get("model_type")
     if listed is not None and not (isinstance(listed, (list, tuple)) and all(isinstance(a, str) for a in listed)):
-        raise _wrong("architectures", listed, "a list of class names")
+        raise wrong_value("architectures", listed, "a list of class names")
     if listed:
         found = listed[0]
     else:
@@ -205,7 +204,7 @@ def _refuse_features(config: Mapping[str, Any]) -> None:
 
 def _head_dim(config: Mapping[str, Any], family: _Family, *, hidden: int, heads: int) -> int:
     if config.get("head_dim") is not None:
-        head_dim = _positive(config, "head_dim")
+        head_dim = positive_integer(config, "head_dim")
     elif family.head_dim is not None and "head_dim" not in config:
         head_dim = family.head_dim
     elif hidden % heads:
@@ -218,25 +217,25 @@ def _head_dim(config: Mapping[str, Any], family: _Family, *, hidden: int, heads:
 
 
 def _bias(config: Mapping[str, Any], key: str, fixed: bool | None) -> bool:
-    return _flag(config, key) if fixed is None else fixed
+    return flag(config, key) if fixed is None else fixed
 
 
 def _sliding_window(config: Mapping[str, Any], family: _Family, layers: int) -> int | None:
     """The window of all layers, None when no layer has one."""
     if family.window is None:
         return None
-    if family.window_switch and not _flag(config, "use_sliding_window"):
+    if family.window_switch and not flag(config, "use_sliding_window"):
         return None
     if config.get("sliding_window", family.window) is None:
         return None
-    window = _positive(config, "sliding_window", family.window)
+    window = positive_integer(config, "sliding_window", family.window)
     types = config.get("layer_types")
     if types is not None and not (isinstance(types, (list, tuple)) and len(types) == layers):
-        raise _wrong("layer_types", types, f"a list of {layers} names")
+        raise wrong_value("layer_types", types, f"a list of {layers} names")
     if types is not None:
         windowed = sum(kind == "sliding_attention" for kind in types)
     elif family.window_switch:
-        windowed = max(0, layers - _positive(config, "max_window_layers", 28, least=_FROM_ZERO))
+        windowed = max(0, layers - positive_integer(config, "max_window_layers", 28, least=0))
     else:
         windowed = layers
     if windowed not in (0, layers):
@@ -248,23 +247,23 @@ def _rope(config: Mapping[str, Any], max_position: int) -> RopeSpec:
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = _one_rope(config.get(key), key)
     theta_from: Mapping[str, Any] = rope if rope.get("rope_theta") is not None else config
-    theta = _positive_float(theta_from, "rope_theta", 10_000.0)
+    theta = positive_number(theta_from, "rope_theta", 10_000.0)
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UnsupportedError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported")
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if kind == "default":
         return RopeSpec(theta=theta)
     if kind == "linear":
-        return RopeSpec(theta=theta, scaling="linear", factor=_positive_float(rope, "factor"))
+        return RopeSpec(theta=theta, scaling="linear", factor=positive_number(rope, "factor"))
     if kind == "llama3":
         original = config if config.get("original_max_position_embeddings") is not None else rope
         return RopeSpec(
             theta=theta,
             scaling="llama3",
-            factor=_positive_float(rope, "factor"),
-            low_freq_factor=_positive_float(rope, "low_freq_factor"),
-            high_freq_factor=_positive_float(rope, "high_freq_factor"),
-            original_max_position=_positive(original, "original_max_position_embeddings", max_position),
+            factor=positive_number(rope, "factor"),
+            low_freq_factor=positive_number(rope, "low_freq_factor"),
+            high_freq_factor=positive_number(rope, "high_freq_factor"),
+            original_max_position=positive_integer(original, "original_max_position_embeddings", max_position),
         )
     raise UnsupportedError(
         f"rope type {str(kind)[:40]!r} in {key} is not supported; supported are default, linear, llama3"
@@ -276,7 +275,7 @@ def _one_rope(value: object, key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise _wrong(key, value, "an object")
+        raise wrong_value(key, value, "an object")
     nested = [item for item in value.values() if isinstance(item, Mapping)]
     if not nested:
         return value
@@ -298,12 +297,12 @@ def _dtype(config: Mapping[str, Any]) -> DType:
     except UsageError:
         dtype = None
     if dtype not in _CHECKPOINT_DTYPES:
-        raise _wrong(key, value, "float32, float16 or bfloat16")
+        raise wrong_value(key, value, "float32, float16 or bfloat16")
     return dtype
 
 
 def _bos_id(config: Mapping[str, Any]) -> int | None:
-    return None if config.get("bos_token_id") is None else _positive(config, "bos_token_id", least=_FROM_ZERO)
+    return None if config.get("bos_token_id") is None else positive_integer(config, "bos_token_id", least=0)
 
 
 def _eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -311,40 +310,5 @@ def _eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
     for item in ids:
         if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-            raise _wrong("eos_token_id", value, "a token id or a list of them")
+            raise wrong_value("eos_token_id", value, "a token id or a list of them")
     return tuple(dict.fromkeys(ids))
-
-
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
-    value = config.get(key)
-    if value is None:
-        if default is None:
-            raise InputError(f"key {key!r} is missing")
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise _wrong(key, value, f"an integer of at least {least}")
-    return value
-
-
-def _positive_float(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = config.get(key)
-    if value is None:
-        if default is None:
-            raise InputError(f"key {key!r} is missing")
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise _wrong(key, value, "a number above 0")
-    return float(value)
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config.get(key)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise _wrong(key, value, "true or false")
-    return value
-
-
-def _wrong(key: str, value: object, wanted: str) -> InputError:
-    return InputError(f"key {key!r} is {str(value)[:60]!r}, expected {wanted}")
