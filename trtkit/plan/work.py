@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 
 from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.dtype import DType
@@ -66,6 +68,7 @@ def visible_tokens(model: ModelSpec, context_tokens: float) -> float:
     return context_tokens if model.sliding_window is None else min(context_tokens, model.sliding_window)
 
 
+@lru_cache(maxsize=512)
 def weight_groups(
     model: ModelSpec, quant: QuantSpec, parallel: Parallelism | None = None, *, pp_rank: int = 0
 ) -> Mapping[str, int]:
@@ -81,17 +84,18 @@ def weight_groups(
             scales = _scale_bytes(quant, *tensor.shape)
             if scales:
                 groups["scales"] += scales
-    return dict(groups)
+    return MappingProxyType(dict(groups))
 
 
 def _scale_bytes(quant: QuantSpec, out_features: int, in_features: int) -> int:
-    """Bytes of the scales that `checkpoint_tensors` does not list (it lists W8A16's own)."""
+    """Bytes of the scales that `checkpoint_tensors` does not list (it lists INT8 weight-only's own)."""
     compute_bytes = quant.compute.bits // 8
     if quant.group_size:
         groups = out_features * -(-in_features // quant.group_size) * compute_bytes
-        extra = in_features * compute_bytes if quant.algo in _AWQ_ALGOS else groups * quant.weights.bits // 16
-        return groups + extra
-    if quant.weights is DType.INT8 and quant.algo != "W8A16":
+        if quant.algo in _AWQ_ALGOS:
+            return groups + in_features * compute_bytes
+        return groups
+    if quant.weights is DType.INT8 and not quant.is_weight_only:
         return out_features * (DType.FP32.bits // 8)
     if quant.weights is DType.FP8:
         return 2 * DType.FP32.bits // 8

@@ -1,0 +1,95 @@
+"""Two answers side by side for each scenario: the floor (nothing beats it) and the forecast (what to expect)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trtkit.plan.calibration import FITTED, Calibration, ErrorBand, load_calibration, rates_of
+from trtkit.plan.perfmodel import Times, closed_loop
+from trtkit.plan.roofline import Floors, floors
+from trtkit.plan.scenario import Scenario, load_of
+from trtkit.spec.errors import UnsupportedError
+from trtkit.spec.measured import Measured, Source
+from trtkit.spec.units import MS_PER_S
+
+THROUGHPUT, TPOT, TTFT = "throughput", "tpot", "ttft"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What to expect. Times in ms; `in_flight` is how many requests run at once, `capacity` how many fit."""
+
+    ttft_ms: Measured
+    tpot_ms: Measured
+    itl_ms: Measured
+    tok_s: Measured
+    e2e_ms: Measured
+    in_flight: float
+    capacity: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """`forecast` is None where nothing was measured on this GPU and precision; `reason` then says so."""
+
+    floors: Floors
+    forecast: Forecast | None
+    reason: str = ""
+
+
+def answer(scenario: Scenario, calibration: Calibration | None = None) -> Answer:
+    """Floor and forecast of one scenario."""
+    return answers([scenario], calibration)[0]
+
+
+def answers(scenarios: Sequence[Scenario], calibration: Calibration | None = None) -> list[Answer]:
+    """Floor and forecast of many scenarios, computed together.
+
+    Raises:
+        UnsupportedError: a device has no unit for a scenario's operands, so that not even a floor exists.
+    """
+    constants = calibration or load_calibration()
+    reasons = [_reason(scenario, constants) for scenario in scenarios]
+    limits = [floors(scenario) for scenario in scenarios]
+    known = [index for index, reason in enumerate(reasons) if not reason]
+    found: dict[int, Forecast] = {}
+    if known:
+        chosen = [scenarios[index] for index in known]
+        times = closed_loop(load_of(chosen), rates_of(chosen, constants))
+        found = {index: _one(scenarios[index], limits[index], times, at, constants) for at, index in enumerate(known)}
+    return [
+        Answer(floors=limits[index], forecast=found.get(index), reason=reason) for index, reason in enumerate(reasons)
+    ]
+
+
+def _reason(scenario: Scenario, constants: Calibration) -> str:
+    try:
+        constants.group(scenario)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def _one(scenario: Scenario, limit: Floors, times: Times, index: int, constants: Calibration) -> Forecast:
+    ttft_ms = max(float(times.ttft_s[index]) * MS_PER_S, limit.ttft_ms.value)
+    tpot_ms = max(float(times.tpot_s[index]) * MS_PER_S, limit.tpot_ms.value)
+    tok_s = min(float(times.tok_s[index]), limit.tok_s.value)
+    basis = constants.group(scenario).basis
+    note = "calibrated" if basis == FITTED else f"calibrated from {basis}, not from served runs"
+
+    def modeled(value: float, unit: str, band: ErrorBand) -> Measured:
+        low, high = value * math.exp(-band.p90), value * math.exp(band.p90)
+        return Measured(value=value, unit=unit, source=Source.MODELED, low=low, high=high, note=note)
+
+    tpot_band = constants.band(TPOT, scenario)
+    return Forecast(
+        ttft_ms=modeled(ttft_ms, "ms", constants.band(TTFT, scenario)),
+        tpot_ms=modeled(tpot_ms, "ms", tpot_band),
+        itl_ms=modeled(tpot_ms, "ms", tpot_band),
+        tok_s=modeled(tok_s, "tok/s", constants.band(THROUGHPUT, scenario)),
+        e2e_ms=modeled(ttft_ms + (scenario.osl - 1) * tpot_ms, "ms", tpot_band),
+        in_flight=float(times.in_flight[index]),
+        capacity=float(times.capacity[index]),
+    )
