@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from trtkit.engine.sequence import blocks_for
 from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import CapacityError, MissingDependencyError, UnsupportedError
-from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.errors import CapacityError, MissingDependencyError, UnsupportedError, UsageError
+from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
 from trtkit.spec.units import format_gib
@@ -29,23 +29,29 @@ _KV_TYPES = (DType.FP32, DType.FP16, DType.BF16)
 def open_embedded(
     bundle: EngineBundle,
     *,
-    limits: Limits | None = None,
-    kv_policy: KVPolicySpec | None = None,
-    dtype: DType | None = None,
+    kv: KVPolicySpec | str | None = None,
+    dtype: DType | str | None = None,
     device: str = "cpu",
+    **limits: int | None,
 ) -> EmbeddedEngine:
-    """Open a built bundle; each argument given replaces the plan's value.
+    """Open a built bundle. What is given replaces the plan's value; `limits` are fields of `Limits` by name.
 
     Raises:
         InputError: the checkpoint is damaged.
+        UsageError: an override that does not exist, or a value that is not allowed.
         CapacityError: not even one block fits the KV memory.
     """
     plan = bundle.manifest.plan
+    allowed = [field.name for field in fields(Limits)]
+    unknown = sorted(set(limits) - set(allowed))
+    if unknown:
+        raise UsageError(f"no limit is called {', '.join(unknown)}; there are {', '.join(allowed)}, kv, dtype, device")
+    given = {name: value for name, value in limits.items() if value is not None}
     return open_checkpoint(
         bundle.checkpoint_dir,
-        limits=limits or plan.limits,
-        kv_policy=kv_policy or plan.kv,
-        dtype=dtype,
+        limits=replace(plan.limits, **given),  # type: ignore[arg-type]
+        kv_policy=parse_kv_policy(kv) if isinstance(kv, str) else kv or plan.kv,
+        dtype=DType.parse(dtype) if isinstance(dtype, str) else dtype,
         device=device,
     )
 
