@@ -121,7 +121,7 @@ def parse_kv_policy(text: str) -> KVPolicySpec:
         if key in options:
             raise UsageError(f"KV policy {text!r}: {key} is given twice")
         options[key] = value
-    return KVPolicySpec(kind=kind.lower() or FULL, **options)  # type: ignore[arg-type]
+    return KVPolicySpec(kind=kind.strip().lower() or FULL, **options)  # type: ignore[arg-type]
 
 
 def _parse_option(text: str, part: str) -> tuple[str, object]:
