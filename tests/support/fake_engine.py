@@ -277,6 +277,11 @@ def tiny_model() -> ModelSpec:
     )
 
 
+def open_willing(path: Path, **overrides: object) -> FakeEngine:
+    """Opener of an engine whose script refuses, after the repair."""
+    return open_fake(path, refuse_at_open=False, **overrides)
+
+
 def fake_bundle(
     directory: Path, name: str = "fake", *, script: FakeScript | None = None, kv: KVPolicySpec | None = None
 ) -> Path:

@@ -32,7 +32,7 @@ from trtkit.spec.units import NS_PER_MS
 
 _CONTROL = ("cancel", "abort", "kv_stats")
 _IDLE_WAIT_S = 0.05
-_KV_SAMPLE_NS = 5 * NS_PER_MS
+_KV_SAMPLE_NS = NS_PER_MS
 _PR_SET_PDEATHSIG = 1
 R = TypeVar("R", Request, ScoreRequest)
 

@@ -23,7 +23,10 @@ from trtkit.spec.result import Environment
 from trtkit.version import __version__
 
 _PACKAGES = ("torch", "transformers", "tensorrt-llm", "tensorrt", "triton", "numpy", "safetensors", "nvidia-modelopt")
-_SECRET_FLAG = re.compile(r"(token|secret|password|passwd|api[-_]?key|credential)", re.IGNORECASE)
+# "token" as a word of its own: --hf-token is secret, --max-num-tokens is not.
+_SECRET_FLAG = re.compile(
+    r"(?<![a-z])(token|secret|password|passwd|apikey|(api|access|private)[-_]key|credentials?)(?![a-z])", re.IGNORECASE
+)
 _SECRET_VALUE = re.compile(r"(hf_|sk-|ghp_|gho_|github_pat_|xox[bp]-|nvapi-|AKIA)[A-Za-z0-9_\-]{6,}")
 _URL_PASSWORD = re.compile(r"(\w+://)[^/\s:@]+:[^/\s@]+@")
 _LIMIT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")

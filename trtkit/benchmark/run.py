@@ -190,12 +190,12 @@ class _Session:
     def run(self, cell: Cell, prompts: PromptSet) -> BenchResult:
         started = _now()
         with PeakSampler(self._gauge) as sampler:
-            repeats = run_cell(self._engine, cell.workload, prompts, self._reporter(cell))
+            warmup, repeats = run_cell(self._engine, cell.workload, prompts, self._reporter(cell))
         method = self._gauge.method if self._gauge else "none"
         return assemble(
             cell,
             repeats,
-            split(self._engine.info, [repeat.kv for repeat in repeats], sampler.peak_bytes, method),
+            split(self._engine.info, [repeat.kv for repeat in (warmup, *repeats)], sampler.peak_bytes, method),
             replace(self._environment, started_utc=started),
             self._protocol.name,
             self._settings.judge,
@@ -208,8 +208,12 @@ class _Session:
 
 def run_cell(
     engine: Engine, workload: Workload, prompts: PromptSet, progress: Callable[[int], None]
-) -> tuple[Repeat, ...]:
-    """Warm up in a closed loop, then each repeat with its own prompts; the first repeat records the warm-up's size."""
+) -> tuple[Repeat, tuple[Repeat, ...]]:
+    """Warm up in a closed loop, then each repeat with its own prompts; the first repeat records the warm-up's size.
+
+    Returns:
+        The warm-up, whose times count for nothing but whose peaks are the cell's too, and the repeats.
+    """
     warm = replace(workload, request_rate=None, concurrency=workload.concurrency or 1)
     phases = [_requests("w", prompts.warmup, workload)]
     phases += [_requests(f"r{index}-", arrays, workload) for index, arrays in enumerate(prompts.repeats)]
@@ -220,11 +224,11 @@ def run_cell(
         ended += 1
         progress(ended)
 
-    run_repeat(engine, phases[0], warm, progress=count)
+    warmup = run_repeat(engine, phases[0], warm, progress=count)
     repeats = [
         run_repeat(engine, requests, workload, index=index, progress=count) for index, requests in enumerate(phases[1:])
     ]
-    return (replace(repeats[0], warmup_requests=len(phases[0])), *repeats[1:])
+    return warmup, (replace(repeats[0], warmup_requests=len(phases[0])), *repeats[1:])
 
 
 def _requests(prefix: str, prompts: Sequence[np.ndarray], workload: Workload) -> list[Request]:

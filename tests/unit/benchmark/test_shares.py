@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.fake_engine import tiny_model
+from support.samples import repeat, sample
+
+from trtkit.benchmark.metrics import compute_metrics
+from trtkit.benchmark.shares import floor, mean_context, shares
+from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
+from trtkit.spec.dtype import DType
+from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
+from trtkit.spec.limits import READ_BYTES_S, matmul_key
+from trtkit.spec.measured import Measured, Source
+from trtkit.spec.plan import BuildPlan, Limits
+from trtkit.spec.quant import quant_for
+from trtkit.spec.workload import Workload
+
+LOAD = Workload(isl=4, osl=4, num_requests=3, concurrency=1)
+PLAN = BuildPlan(name="p", model=tiny_model(), model_source="x", gpu="cpu", quant=quant_for("fp32"))
+
+
+def limits(read: float = 1e9, multiply: float = 1e9) -> dict[str, Measured]:
+    return {
+        READ_BYTES_S: Measured(value=read, unit="B/s", source=Source.MEASURED),
+        matmul_key(DType.FP32): Measured(value=multiply, unit="FLOP/s", source=Source.MEASURED),
+    }
+
+
+def test_shares_are_counted_work_over_measured_rate_over_measured_time() -> None:
+    metrics = compute_metrics([repeat(sample())], LOAD)
+    found = shares(PLAN, LOAD, metrics, limits(multiply=1e12))
+    step_s = decode_step_bytes(PLAN.model, PLAN.quant, [5.5]) / 1e9
+    prefill_s = prefill_flops(PLAN.model, 4) / 1e12
+    assert found["ttft_ms"].value == pytest.approx(prefill_s / 10e-3)
+    assert found["tpot_ms"].value == pytest.approx(step_s / 2e-3)
+    assert found["tps"].value == pytest.approx((prefill_s + 3 * step_s) / 16e-3)
+    assert {share.source for share in found.values()} == {Source.MODELED}
+
+
+def test_a_step_is_bound_by_the_slower_of_reading_and_multiplying() -> None:
+    reading = floor(PLAN, LOAD, limits(multiply=1e15), 8)
+    multiplying = floor(PLAN, LOAD, limits(read=1e15), 8)
+    assert reading.step_s == pytest.approx(decode_step_bytes(PLAN.model, PLAN.quant, [5.5] * 8) / 1e9)
+    assert multiplying.step_s == pytest.approx(8 * decode_flops(PLAN.model, 5.5) / 1e9)
+
+
+def test_running_at_the_floor_is_a_share_of_one() -> None:
+    rates = limits(multiply=1e15)
+    step_ms = floor(PLAN, LOAD, rates, 1).step_s * 1e3
+    run = repeat(sample(ttft_ms=1, gaps_ms=(step_ms,) * 3))
+    assert shares(PLAN, LOAD, compute_metrics([run], LOAD), rates)["tpot_ms"].value == pytest.approx(1, rel=1e-3)
+
+
+def test_the_batch_is_what_the_engine_really_ran() -> None:
+    load = replace(LOAD, concurrency=64)
+    metrics = compute_metrics([repeat(sample())], load)
+    plan = replace(PLAN, limits=Limits(max_batch_size=16))
+
+    def tpot(**peak: int) -> float:
+        return shares(plan, load, metrics, limits(), **peak)["tpot_ms"].value
+
+    assert tpot() == pytest.approx(floor(plan, load, limits(), 16).step_s * 1e3 / 2)
+    assert tpot(requests_peak=3) == pytest.approx(floor(plan, load, limits(), 3).step_s * 1e3 / 2)
+
+
+def test_an_evicting_policy_reads_at_most_its_budget() -> None:
+    load = Workload(isl=100, osl=21, num_requests=1)
+    assert mean_context(KVPolicySpec(), load) == 110
+    assert mean_context(parse_kv_policy("h2o:32"), load) == 32
+    assert mean_context(parse_kv_policy("h2o:400"), load) == 110
+    assert mean_context(parse_kv_policy("h2o:50%"), load) == 60
+
+
+def test_an_open_loop_has_no_known_step() -> None:
+    load = replace(LOAD, concurrency=None, request_rate=5.0)
+    assert "tpot_ms" not in shares(PLAN, load, compute_metrics([repeat(sample())], load), limits())
+
+
+@pytest.mark.parametrize("missing", [READ_BYTES_S, matmul_key(DType.FP32)])
+def test_without_a_measured_rate_there_is_no_share(missing: str) -> None:
+    rates = {key: value for key, value in limits().items() if key != missing}
+    assert shares(PLAN, LOAD, compute_metrics([repeat(sample())], LOAD), rates) == {}
