@@ -101,7 +101,9 @@ def _rate(result: BenchResult) -> Measured | None:
     cell = stat_cell(*_speed(result))
     if cell.value is None or cell.value <= 0 or cell.source is None:
         return None
-    return Measured(value=cell.value, unit=cell.unit, source=cell.source, low=cell.low, high=cell.high)
+    # An interval of few, uneven repeats may reach below zero, where a throughput has no price.
+    low = cell.low if cell.low is not None and cell.low > 0 else None
+    return Measured(value=cell.value, unit=cell.unit, source=cell.source, low=low, high=cell.high)
 
 
 def _machines(found: Sequence[Configuration], prices: PriceBook) -> tuple[Fact, ...]:
