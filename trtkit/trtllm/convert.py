@@ -29,12 +29,12 @@ from trtkit.trtllm.layout import Slab, slabs
 from trtkit.trtllm.piece import PieceWorker
 from trtkit.trtllm.safetensors_file import FileLayout, lay_out
 from trtkit.trtllm.source import SourceCheckpoint, open_source
-from trtkit.trtllm.threads import in_parallel, one_torch_thread
+from trtkit.trtllm.threads import in_parallel
 
 FORMAT_VERSION = 1
 """Part of a plan's digest: raise it when the same plan gives other bytes, so that no old piece is kept."""
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 TARGETS = ("embedded", "tensorrt")
 
 
@@ -195,7 +195,7 @@ def _run(
     count = itertools.count(len(journal.finished))
     paths = [partial / rank_file(rank) for rank in range(len(layouts))]
     progress("convert", next(count), len(pieces))
-    with PieceWorker.opened(source, paths, layouts) as worker, one_torch_thread():
+    with PieceWorker.opened(source, paths, layouts) as worker:
 
         def work(index: int) -> None:
             worker.move(pieces[index])

@@ -6,50 +6,64 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from trtkit.spec.atomic import output_errors
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError
-from trtkit.trtllm.cast import cast, check_finite, quantise_rows, torch_dtype
-from trtkit.trtllm.layout import Slab, Target
+from trtkit.trtllm.cast import Array, cast, check_finite, quantise_rows, storage_dtype
+from trtkit.trtllm.layout import Slab
 from trtkit.trtllm.safetensors_file import FileLayout
 from trtkit.trtllm.source import SourceCheckpoint, SourceTensor
-
-if TYPE_CHECKING:
-    import torch
 
 SCALE_SUFFIX = "per_channel_scale"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+FLUSH_BYTES = 256 << 20
+"""Written data is handed to the disk this often, so that the flush at the end finds little left to do."""
+
+
 class RankFile:
-    """An output file being filled: where each tensor goes, and the descriptor to write to."""
+    """An output file being filled; any number of threads may write."""
 
-    path: Path
-    layout: FileLayout
-    descriptor: int
+    def __init__(self, path: Path, layout: FileLayout, descriptor: int) -> None:
+        """Write to `descriptor`, which is `path` at its full size."""
+        self.layout = layout
+        self._path, self._descriptor = path, descriptor
+        self._unflushed = 0
+        self._mutex = threading.Lock()
 
-    def write(self, name: str, row: int, values: torch.Tensor) -> None:
-        """Put `values` [rows, cols] at rows [row, row + rows) of tensor `name`.
+    def dtype(self, name: str) -> DType:
+        """Element type of a tensor of this file."""
+        return DType.parse(self.layout.entries[name].dtype)
+
+    def write(self, name: str, row: int, values: Array) -> None:
+        """Put `values` [rows, cols], already in the tensor's type, at rows [row, row + rows) of tensor `name`.
 
         Raises:
             OutputError: the disk is full or refuses.
         """
-        import torch
-
         entry = self.layout.entries[name]
-        dtype = torch_dtype(DType.parse(entry.dtype))
         row_bytes = entry.num_bytes // entry.shape[0]
-        data = values.to(dtype).contiguous().view(torch.uint8).numpy().reshape(-1)
-        assert row_bytes * values.shape[0] == data.nbytes
-        position, view = entry.offset + row * row_bytes, data.data
-        with output_errors(self.path):
-            while view:
-                written = os.pwrite(self.descriptor, view, position)
-                position, view = position + written, view[written:]
+        data = np.ascontiguousarray(values)
+        assert data.nbytes == row_bytes * values.shape[0]
+        assert data.dtype == storage_dtype(self.dtype(name))
+        with output_errors(self._path):
+            # One writer a file: the kernel lets no more in, and its waiters spin.
+            with self._mutex:
+                self._write(data.reshape(-1).view(np.uint8).data, entry.offset + row * row_bytes)
+                self._unflushed += data.nbytes
+                flush = self._unflushed >= FLUSH_BYTES
+                self._unflushed = 0 if flush else self._unflushed
+            if flush:
+                os.fsync(self._descriptor)
+
+    def _write(self, view: memoryview, position: int) -> None:
+        while view:
+            written = os.pwrite(self._descriptor, view, position)
+            position, view = position + written, view[written:]
 
 
 class PieceWorker:
@@ -79,7 +93,7 @@ class PieceWorker:
             for path, layout in zip(paths, layouts, strict=True):
                 with output_errors(path):
                     handle = stack.enter_context(path.open("rb+", buffering=0))
-                ranks.append(RankFile(path=path, layout=layout, descriptor=handle.fileno()))
+                ranks.append(RankFile(path, layout, handle.fileno()))
             yield cls(source, ranks, descriptors)
 
     def move(self, piece: Slab) -> None:
@@ -91,33 +105,36 @@ class PieceWorker:
         """
         tensor = self._source.tensors[piece.source]
         where = f"{tensor.path}: tensor {piece.source!r}"
-        values = self._read(tensor, piece)
-        dtype = DType.parse(self._stored_dtype(piece.targets[0]))
-        if dtype is DType.INT8:
-            check_finite(values, where, piece.row)
-            values, scales = quantise_rows(values)
-            for target in piece.targets:
-                name = f"{target.name.removesuffix('weight')}{SCALE_SUFFIX}"
-                self._ranks[target.rank].write(name, target.row, scales[:, None])
+        source = DType.parse(tensor.entry.dtype)
+        values = self._read(tensor, piece, source)
+        first = piece.targets[0]
+        stored = self._ranks[first.rank].dtype(first.name)
+        if stored is DType.INT8:
+            check_finite(values, source, where, piece.row)
+            values, scales = quantise_rows(values, source)
+            self._write_scales(piece, scales, where)
         else:
-            values = cast(values, torch_dtype(dtype), where, piece.row)
+            values = cast(values, source, stored, where, piece.row)
         for target in piece.targets:
             self._ranks[target.rank].write(target.name, target.row, values[:, target.col : target.col + target.cols])
 
-    def _stored_dtype(self, target: Target) -> str:
-        return self._ranks[target.rank].layout.entries[target.name].dtype
+    def _write_scales(self, piece: Slab, scales: Array, where: str) -> None:
+        """Columns of a row share its scale, so ranks that split columns all get it."""
+        for target in piece.targets:
+            rank = self._ranks[target.rank]
+            name = f"{target.name.removesuffix('weight')}{SCALE_SUFFIX}"
+            stored = cast(scales[:, None], DType.FP32, rank.dtype(name), f"{where}: scale", piece.row)
+            rank.write(name, target.row, stored)
 
-    def _read(self, tensor: SourceTensor, piece: Slab) -> torch.Tensor:
+    def _read(self, tensor: SourceTensor, piece: Slab, dtype: DType) -> Array:
         """Rows of the piece as [rows, cols], in this thread's buffer (valid until its next read)."""
-        import torch
-
         entry = tensor.entry
         row_bytes = entry.num_bytes // entry.shape[0]
         num_bytes = piece.rows * row_bytes
         buffer = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.numel() < num_bytes:
-            buffer = self._local.buffer = torch.empty(num_bytes, dtype=torch.uint8)
-        position, view = entry.offset + piece.row * row_bytes, buffer.numpy().data[:num_bytes]
+        if buffer is None or buffer.nbytes < num_bytes:
+            buffer = self._local.buffer = np.empty(num_bytes, dtype=np.uint8)
+        position, view = entry.offset + piece.row * row_bytes, buffer.data[:num_bytes]
         try:
             while view:
                 count = os.preadv(self._descriptors[tensor.path], [view], position)
@@ -126,5 +143,5 @@ class PieceWorker:
                 position, view = position + count, view[count:]
         except OSError as error:
             raise InputError(f"{tensor.path}: cannot be read ({error.strerror or error})") from None
-        dtype = torch_dtype(DType.parse(entry.dtype))
-        return buffer[:num_bytes].view(dtype).view(piece.rows, piece.cols)
+        values: Array = buffer[:num_bytes].view(storage_dtype(dtype)).reshape(piece.rows, piece.cols)
+        return values

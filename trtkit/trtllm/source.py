@@ -59,10 +59,10 @@ def open_source(directory: Path, *, name: str | None = None) -> SourceCheckpoint
     model = replace(model, name=name or model.name)
     found: dict[str, SourceTensor] = {}
     for path in _weight_files(directory):
-        for name, entry in read_header(path).items():
-            if name in found:
-                raise InputError(f"{path}: tensor {name!r} is already in {found[name].path.name}")
-            found[name] = SourceTensor(path=path, entry=entry)
+        for key, entry in read_header(path).items():
+            if key in found:
+                raise InputError(f"{path}: tensor {key!r} is already in {found[key].path.name}")
+            found[key] = SourceTensor(path=path, entry=entry)
     return SourceCheckpoint(directory=directory, model=model, tensors=_checked(directory, model, found))
 
 

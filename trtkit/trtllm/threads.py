@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 MAX_THREADS = 4
@@ -36,19 +35,6 @@ def in_parallel(work: Callable[[int], None], items: Sequence[int]) -> None:
             stop.set()
     for future in futures:
         future.result()
-
-
-@contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Keep torch from starting a team of threads in each of ours."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _cores() -> int:
