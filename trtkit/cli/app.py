@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("trtkit.cli.chat", "Talk to an engine."),
     "bench": ("trtkit.cli.bench", "Benchmark engines with one protocol."),
     "eval": ("trtkit.cli.eval", "Judge quality on tasks and on your own prompts."),
+    "compare": ("trtkit.cli.compare", "Put configurations side by side, with verdicts."),
+    "gate": ("trtkit.cli.gate", "Pass or fail a configuration by rules; for CI."),
     "cost": ("trtkit.cli.cost", "Price throughput per million tokens."),
     "report": ("trtkit.cli.report", "Render records as Markdown, HTML, CSV or JSON."),
     "demo": ("trtkit.cli.demo", "Run the whole job on the shipped tiny model."),

@@ -20,6 +20,7 @@ Truncated = Annotated[float, typer.Option("--max-truncated", help="Share of cont
 Chat = Annotated[bool, typer.Option("--apply-chat-template", help="Put tasks in the model's chat format.")]
 Prompts = Annotated[Path | None, typer.Option(help="Your own prompts, JSON Lines.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer to a prompt.")]
+Text = Annotated[Path | None, typer.Option(help="Perplexity on a text file or a directory of them; `shipped`: ours.")]
 Reference = Annotated[Path | None, typer.Option(help="Engine whose answers to the prompts are the yardstick.")]
 Sheet = Annotated[Path | None, typer.Option(help="Write a blind side-by-side HTML sheet against --reference.")]
 Grades = Annotated[Path | None, typer.Option(help="Read the grades of --sheet back, instead of evaluating.")]
@@ -38,6 +39,7 @@ def command(  # noqa: PLR0917 - typer's options
     apply_chat_template: Chat = False,
     prompts: Prompts = None,
     max_tokens: MaxTokens = 128,
+    text: Text = None,
     reference: Reference = None,
     sheet: Sheet = None,
     grades: Grades = None,
@@ -58,7 +60,7 @@ def command(  # noqa: PLR0917 - typer's options
     request = eval_request(
         engines, output_dir, tasks=tasks, tasks_dir=tasks_dir, num_fewshot=num_fewshot, limit=limit,
         evict_after=evict_after, max_truncated=max_truncated, apply_chat_template=apply_chat_template, prompts=prompts,
-        max_tokens=max_tokens, reference=reference, sheet=sheet, label=label,
+        max_tokens=max_tokens, text=text, reference=reference, sheet=sheet, label=label,
     )  # fmt: skip
     environment = fingerprint(device=request.device, command=sys.argv)
     with progress_bars(quiet=as_json) as progress:

@@ -18,8 +18,15 @@ from trtkit.spec.workload import Workload
 
 PERFORMANCE_MARGIN = 0.05
 """Smallest relative change of a speed that matters."""
-QUALITY_MARGINS: Mapping[str, float] = {"fraction": 0.02, "nats": 0.02, "nats/token": 0.02, "bits/byte": 0.02}
-"""Smallest change of a score that matters, by unit; other units use RELATIVE_MARGIN of the reference's score."""
+QUALITY_MARGINS: Mapping[str, float] = {
+    "fraction": 0.02,
+    "nats": 0.02,
+    "nats/token": 0.02,
+    "bits/byte": 0.02,
+    "ppl": 0.02,
+}
+"""Smallest change of a document's score that matters, by unit (documents of a perplexity are nats); other units use
+RELATIVE_MARGIN of the reference's score."""
 RELATIVE_MARGIN = 0.05
 KL_MARGIN, KL_FLOOR_NATS = 0.5, 1e-4
 SHOWN_STATS = ("value", "p50", "p99", "mean")
@@ -278,6 +285,11 @@ def paired_result(pair: QualityPair) -> PairedResult:
         margin=margin_of(pair.reference),
         higher_is_better=pair.candidate.better != "lower",
     )
+
+
+def difference_unit(unit: str) -> str:
+    """The unit of a paired difference: a perplexity's documents are in nats."""
+    return "nats" if unit == "ppl" else unit
 
 
 def _groups(pair: QualityPair) -> tuple[GroupResult, ...]:

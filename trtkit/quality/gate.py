@@ -15,6 +15,7 @@ from enum import Enum
 from trtkit.quality.compare import (
     compare_bench,
     condition_of,
+    difference_unit,
     margin_of,
     mean_drift,
     paired_result,
@@ -140,7 +141,9 @@ def judge_drop(rule: Rule, pair: QualityPair) -> Outcome:
     name = f"{rule.text} [{pair.key}]"
     if pair.invalid:
         return Outcome(rule=name, status=Status.INVALID, reason=pair.invalid)
-    scale, unit = (100.0, "points") if pair.candidate.unit == "fraction" else (1.0, pair.candidate.unit)
+    scale, unit = (
+        (100.0, "points") if pair.candidate.unit == "fraction" else (1.0, difference_unit(pair.candidate.unit))
+    )
     paired = paired_result(pair)
     drop, low, high = (-scale * v for v in (paired.difference, paired.high, paired.low))
     shown = f"drop {drop:+.2f} {unit} [{low:+.2f}, {high:+.2f}] over {paired.n} documents, p = {paired.p_value:.2g}"
@@ -282,7 +285,7 @@ def _no_task_worse(pairs: Iterable[QualityPair]) -> list[Outcome]:
         margin = margin_of(pair.reference)
         bad = adjusted[key] < ALPHA and paired.difference < -margin
         reason = (
-            f"{paired.difference:+.4g} {pair.candidate.unit} [{paired.low:+.4g}, {paired.high:+.4g}] over {paired.n} "
+            f"{paired.difference:+.4g} {difference_unit(pair.candidate.unit)} [{paired.low:+.4g}, {paired.high:+.4g}] over {paired.n} "
             f"documents, Holm p = {adjusted[key]:.2g}, margin {margin:.4g}: {paired.verdict.value}"
         )
         if paired.verdict is Verdict.UNDECIDED and paired.needed is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,23 @@ def read_rules(path: Path) -> tuple[Rule, ...]:
     if not rules:
         raise UsageError(f"{path}: holds no rule; known are {', '.join(FORMS)} and the table max_drop")
     return tuple(rules)
+
+
+def gather_rules(file: Path | None, flags: Mapping[str, str | None], drops: Sequence[str]) -> tuple[Rule, ...]:
+    """Rules of a file and of flags together; a flag replaces the file's rule of the same kind and subject.
+
+    Raises:
+        UsageError: a value is wrong.
+        InputError: the file cannot be read.
+    """
+    rules = list(read_rules(file)) if file is not None else []
+    rules += [parse_rule(name, value) for name, value in flags.items() if value is not None]
+    for text in drops:
+        task, equals, value = text.rpartition("=")
+        if not equals or not task:
+            raise UsageError(f"--max-drop is {text!r}: expected TASK=POINTS, such as gsm8k=1.5")
+        rules.append(parse_drop(task, value))
+    return tuple({(rule.kind, rule.subject, rule.stat): rule for rule in rules}.values())
 
 
 def label_of(rule: Rule) -> str:

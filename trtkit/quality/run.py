@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trtkit.backends import open_engine
 from trtkit.backends.tokenizer import Tokenizer, load_tokenizer
+from trtkit.quality.heldout import HeldoutRules, read_windows, score_heldout
 from trtkit.quality.journal import Journal
 from trtkit.quality.local_tasks import prepare_tasks
 from trtkit.quality.own_prompts import PromptRun, answer_prompts, drift_records, teach
@@ -23,6 +24,7 @@ from trtkit.spec.errors import InputError, UnsupportedError, UsageError
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.spec.result import Environment, QualityResult
 
+SHIPPED_TEXT = "shipped"
 Opener = Callable[[Path], Engine]
 
 
@@ -35,6 +37,7 @@ class EvalRequest:
     tasks: TaskSelection | None = None
     prompts: PromptSet | None = None
     max_tokens: int = 128
+    text: Path | None = None
     reference: Path | None = None
     sheet: Path | None = None
     label: str = ""
@@ -42,8 +45,8 @@ class EvalRequest:
     def __post_init__(self) -> None:
         if not self.engines:
             raise UsageError("no engine given; name some, e.g. builds/*.engine")
-        if self.tasks is None and self.prompts is None:
-            raise UsageError("nothing to evaluate; give --tasks, --prompts or both")
+        if self.tasks is None and self.prompts is None and self.text is None:
+            raise UsageError("nothing to evaluate; give --tasks, --prompts or --text")
         if self.prompts is None and (self.reference is not None or self.sheet is not None):
             raise UsageError("--reference and --sheet compare answers to your prompts; give --prompts too")
         if self.sheet is not None and self.reference is None:
@@ -174,6 +177,8 @@ def _one(
         records += run_tasks(
             run.engine, tokenizer, run.source, tasks, journal=run.scoring.journal, progress=run.scoring.progress
         )
+    if request.text is not None:
+        records += _heldout(run, tokenizer, request.text)
     if request.prompts is not None:
         answers = answer_prompts(run.engine, run.scoring, run.source, tokenizer, request.prompts, request.max_tokens)
         records += answers.records
@@ -184,6 +189,16 @@ def _one(
     for record in records:
         write_quality(request.output_dir, record)
     return records
+
+
+def _heldout(run: OpenRun, tokenizer: Tokenizer, text: Path) -> list[QualityResult]:
+    """Perplexity and next-token accuracy on a text; "shipped" is the project's own."""
+    rules = HeldoutRules()
+    windows = read_windows(tokenizer, rules, None if str(text) == SHIPPED_TEXT else text)
+    scores = score_heldout(
+        run.scoring.scorer, run.scoring.info, windows, run.source, rules=rules, progress=run.scoring.progress
+    )
+    return [scores.perplexity, scores.accuracy]
 
 
 def _write_sheet(path: Path, prompts: PromptSet, teacher: PromptRun, answers: PromptRun) -> None:

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from trtkit.quality.sheet import Preference
+from trtkit.quality.table import table
 from trtkit.spec.result import QualityResult
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:]))
 
 
 def records_text(records: Sequence[QualityResult]) -> str:

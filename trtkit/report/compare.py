@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trtkit.quality.compare import Comparison, QualityComparison, RatioResult, difference_unit
 from trtkit.quality.paired import ALPHA, Verdict
-from trtkit.quality.show import table
+from trtkit.quality.table import table
 from trtkit.spec.metrics import METRICS
 from trtkit.spec.units import format_gib
 
@@ -43,7 +43,7 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
     if comparison.quality:
         blocks.append(_quality(title, comparison.quality))
     if comparison.drift:
-        rows = [("task", "metric", "value", "+- s.e.", "prompts")]
+        rows: list[tuple[str, ...]] = [("task", "metric", "value", "+- s.e.", "prompts")]
         rows += [
             (d.task, d.metric, f"{d.score:.4g} {d.unit}", _or_na(d.stderr, ".2g"), str(len(d.documents)))
             for d in comparison.drift
@@ -85,7 +85,15 @@ def _quality(title: str, found: Sequence[QualityComparison]) -> Block:
         p = q.paired
         difference = f"{p.difference:+.4g} [{p.low:+.4g}, {p.high:+.4g}] {difference_unit(q.unit)}"
         rows.append(
-            (q.task, q.metric, *scores, difference, f"{p.p_value:.2g} ({p.test})", str(p.n), _verdict(p.verdict, p.needed))
+            (
+                q.task,
+                q.metric,
+                *scores,
+                difference,
+                f"{p.p_value:.2g} ({p.test})",
+                str(p.n),
+                _verdict(p.verdict, p.needed),
+            )
         )
         remarks += _subjects(q)
     remarks.append("differences are paired by document; positive is better for the candidate")

@@ -49,11 +49,15 @@ def _of_engine(path: Path, results: Path) -> Side:
     bundle = open_bundle(path)
     digest = bundle.manifest.digest
     if not results.exists():
-        raise InputError(f"{path}: has no records, {results} does not exist; run `trtkit bench` and `trtkit eval` on it")
+        raise InputError(
+            f"{path}: has no records, {results} does not exist; run `trtkit bench` and `trtkit eval` on it"
+        )
     records = _sound([results])
     engines = [e for e in _engines(records) if e.digest == digest]
     if not engines:
-        raise InputError(f"{path}: no record of this engine ({digest}) in {results}; run `trtkit bench` or `trtkit eval`")
+        raise InputError(
+            f"{path}: no record of this engine ({digest}) in {results}; run `trtkit bench` or `trtkit eval`"
+        )
     return _take(engines[0], records)
 
 
@@ -61,7 +65,9 @@ def _only_engine(name: str, records: Records) -> Side:
     engines = _engines(records)
     if len(engines) > 1:
         found = ", ".join(engine.label or engine.name for engine in engines)
-        raise UsageError(f"{name}: holds records of {len(engines)} engines ({found}); name one of them with --results {name}")
+        raise UsageError(
+            f"{name}: holds records of {len(engines)} engines ({found}); name one of them with --results {name}"
+        )
     return _take(engines[0], records)
 
 
@@ -82,8 +88,8 @@ def _named(name: str, results: Path) -> Side:
 def _engines(records: Records) -> list[EngineRef]:
     """One per digest and label, in the order found."""
     found: dict[tuple[str, str], EngineRef] = {}
-    for record in (*records.bench, *records.quality):
-        found.setdefault((record.engine.digest, record.engine.label), record.engine)
+    for engine in (*(r.engine for r in records.bench), *(r.engine for r in records.quality)):
+        found.setdefault((engine.digest, engine.label), engine)
     labelled = {digest for digest, label in found if label}
     return [e for (digest, label), e in found.items() if label or digest not in labelled]
 
