@@ -1,0 +1,155 @@
+"""Who runs next: admission, budgets, preemption."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from trtkit.engine.block_pool import BlockPool
+from trtkit.engine.scheduler import Scheduler, Step
+from trtkit.engine.sequence import Sequence, SequenceState
+from trtkit.spec.engine import Request
+from trtkit.spec.errors import CapacityError, UsageError
+from trtkit.spec.plan import Limits
+
+
+def _scheduler(blocks: int = 16, **limits: Any) -> Scheduler:
+    values = {"max_batch_size": 4, "max_num_tokens": 16, "max_seq_len": 64, "tokens_per_block": 4, **limits}
+    return Scheduler(Limits(**values), BlockPool(blocks))
+
+
+def _add(scheduler: Scheduler, arrival: int, prompt: int, new: int = 8, **fields: Any) -> Sequence:
+    request = Request(request_id=f"r{arrival}", prompt_ids=(5,) * prompt, max_tokens=new)
+    sequence = Sequence(request=request, arrival=arrival, max_new_tokens=new, **fields)
+    scheduler.add(sequence)
+    return sequence
+
+
+def _run(scheduler: Scheduler) -> Step:
+    """Schedule a step and pretend that the model ran it."""
+    step = scheduler.schedule()
+    for feed in step.feeds:
+        feed.sequence.advance(feed.count)
+        if feed.samples:
+            feed.sequence.output_ids.append(7)
+    scheduler.check()
+    return step
+
+
+def _counts(step: Step) -> dict[str, int]:
+    return {feed.sequence.request_id: feed.count for feed in step.feeds}
+
+
+def test_an_idle_scheduler_gives_an_empty_step() -> None:
+    assert _scheduler().schedule().feeds == []
+
+
+def test_prompts_share_a_step_within_its_token_limit() -> None:
+    scheduler = _scheduler()
+    _add(scheduler, 0, 10)
+    _add(scheduler, 1, 10)
+    assert _counts(_run(scheduler)) == {"r0": 10, "r1": 6}
+    assert _counts(_run(scheduler)) == {"r0": 1, "r1": 4}
+
+
+def test_only_a_feed_that_reaches_the_last_known_token_samples() -> None:
+    scheduler = _scheduler(max_num_tokens=6)
+    _add(scheduler, 0, 10)
+    assert [feed.samples for feed in _run(scheduler).feeds] == [False]
+    assert [feed.samples for feed in _run(scheduler).feeds] == [True]
+
+
+def test_the_batch_size_bounds_who_runs() -> None:
+    scheduler = _scheduler(max_batch_size=2)
+    for arrival in range(3):
+        _add(scheduler, arrival, 2)
+    _run(scheduler)
+    assert [s.request_id for s in scheduler.running] == ["r0", "r1"]
+    assert not scheduler.can_take_more
+
+
+def test_a_quantum_is_fed_whole_or_not_at_all() -> None:
+    scheduler = _scheduler(max_num_tokens=10)
+    _add(scheduler, 0, 4, prefill_quantum=8, evicts=True)
+    _add(scheduler, 1, 20, prefill_quantum=8, evicts=True)
+    assert _counts(_run(scheduler)) == {"r0": 4}
+    assert _counts(_run(scheduler)) == {"r0": 1, "r1": 8}
+    last = [_run(scheduler) for _ in range(2)][-1]
+    assert _counts(last) == {"r0": 1, "r1": 4}
+
+
+def test_without_chunked_prefill_a_prompt_waits_until_it_fits_whole() -> None:
+    scheduler = _scheduler(max_num_tokens=10, enable_chunked_prefill=False)
+    _add(scheduler, 0, 6)
+    _add(scheduler, 1, 6)
+    assert _counts(_run(scheduler)) == {"r0": 6}
+    assert _counts(_run(scheduler)) == {"r0": 1, "r1": 6}
+
+
+def test_a_prompt_over_the_token_limit_is_refused_without_chunked_prefill() -> None:
+    with pytest.raises(UsageError, match="chunked prefill"):
+        _add(_scheduler(enable_chunked_prefill=False), 0, 17)
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    with pytest.raises(CapacityError, match=r"needs 5 KV blocks \(20 tokens\), the pool has 4"):
+        _add(_scheduler(blocks=4), 0, 13, new=8)
+
+
+def test_the_cap_of_an_evicting_request_lets_it_in() -> None:
+    scheduler = _scheduler(blocks=4)
+    _add(scheduler, 0, 40, new=8, kv_cap_tokens=16, prefill_quantum=4, evicts=True)
+    assert scheduler.has_work
+
+
+def test_the_latest_arrival_gives_way_when_blocks_run_out() -> None:
+    scheduler = _scheduler(blocks=5)
+    first, second = _add(scheduler, 0, 4, new=12), _add(scheduler, 1, 4, new=12)
+    preempted: list[str] = []
+    while second.state is not SequenceState.WAITING or not preempted:
+        preempted += [s.request_id for s in _run(scheduler).preempted]
+    assert preempted == ["r1"]
+    assert second.output_ids
+    assert (second.num_tokens, second.block_table, second.preemptions) == (0, [], 1)
+    assert first.state is SequenceState.RUNNING
+
+
+def test_a_preempted_request_comes_back_before_later_ones() -> None:
+    scheduler = _scheduler(blocks=5)
+    first = _add(scheduler, 0, 4, new=12)
+    _add(scheduler, 1, 4, new=12)
+    while not _run(scheduler).preempted:
+        pass
+    _add(scheduler, 2, 4, new=2)
+    scheduler.finish(first)
+    step = _run(scheduler)
+    assert step.feeds[0].sequence.request_id == "r1"
+    assert step.feeds[0].count == step.feeds[0].sequence.known_len - 1, "prompt and output are fed together"
+
+
+def test_trim_frees_only_whole_tail_blocks() -> None:
+    scheduler = _scheduler()
+    sequence = _add(scheduler, 0, 16)
+    _run(scheduler)
+    sequence.cache_len = 9
+    assert scheduler.trim(sequence) == 1
+    assert len(sequence.block_table) == 3
+    scheduler.check()
+
+
+def test_finish_takes_out_a_waiting_sequence_too() -> None:
+    scheduler = _scheduler()
+    sequence = _add(scheduler, 0, 4)
+    scheduler.finish(sequence)
+    assert not scheduler.has_work
+    assert sequence.state is SequenceState.FINISHED
+
+
+def test_a_newcomer_is_not_admitted_onto_blocks_that_running_prompts_still_need() -> None:
+    scheduler = _scheduler(blocks=8, max_num_tokens=8)
+    _add(scheduler, 0, 24, new=1)
+    _add(scheduler, 1, 8, new=1)
+    _run(scheduler)
+    _run(scheduler)
+    assert [s.request_id for s in scheduler.running] == ["r0"]
