@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trtkit.backends.remote import DEFAULT_OPENER, RemoteEngine, Timeouts
-from trtkit.benchmark.cells import ENGINE_LOST, Cell, plan_cells, prepare_output
+from trtkit.benchmark.cells import ENGINE_LOST, Cell, load_title, plan_cells, prepare_output
 from trtkit.benchmark.checks import FAIL, bookkeeping_checks
 from trtkit.benchmark.driver import run_repeat
 from trtkit.benchmark.environment import fingerprint
@@ -24,7 +24,7 @@ from trtkit.benchmark.shares import shares
 from trtkit.benchmark.targets import Target
 from trtkit.spec.codec import write_record
 from trtkit.spec.engine import Engine, Request
-from trtkit.spec.errors import CapacityError, EngineError, InputError, TrtkitError
+from trtkit.spec.errors import CapacityError, EngineError, InputError, MeasurementError, TrtkitError
 from trtkit.spec.measured import Measured
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.spec.result import BENCH_KIND, BenchResult, Check, Environment, MemorySplit, Repeat
@@ -67,16 +67,26 @@ class BenchRun:
     lost: tuple[str, ...]
 
     def raise_if_incomplete(self) -> None:
-        """Turn missing cells into the error a command ends with.
+        """Turn missing and invalid cells into the error a command ends with.
 
         Raises:
             EngineError: an engine died or would not open.
             CapacityError: a workload does not fit an engine's limits.
+            MeasurementError: a check failed.
         """
         if self.lost:
             raise EngineError(f"{len(self.lost)} cells have no result because their engine failed: {self.lost[0]}")
         if self.refused:
             raise CapacityError(f"{len(self.refused)} cells were not run: {self.refused[0]}")
+        failed = [
+            f"{r.engine.name}, {load_title(r.workload)}: {check.name}: {check.detail}"
+            for r in self.results
+            for check in r.checks
+            if check.status == FAIL
+        ]
+        if failed:
+            invalid = sum(not result.valid for result in self.results)
+            raise MeasurementError(f"{invalid} cells are invalid: {failed[0]}")
 
 
 def run_bench(targets: Sequence[Target], protocol: Protocol, settings: Settings) -> BenchRun:
@@ -263,7 +273,7 @@ def assemble(
         memory=memory,
         repeats=repeats,
         environment=environment,
-        checks=bookkeeping_checks(repeats, cell.workload, plan.kv),
+        checks=bookkeeping_checks(repeats, cell.workload, plan.kv.resolved(plan.limits.max_seq_len)),
         shares=shares(plan, cell.workload, metrics, environment.machine_limits, requests_peak=peak or None),
     )
     checks = (*result.checks, *judge(result))

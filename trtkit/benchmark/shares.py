@@ -35,7 +35,7 @@ def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], b
     multiplied in the compute type, as the embedded engine and W8A16 do.
     """
     flops = matmul_limit(limits, plan.quant.compute)
-    context = mean_context(plan.kv, workload)
+    context = mean_context(plan.kv.resolved(plan.limits.max_seq_len), workload)
     step_bytes = decode_step_bytes(plan.model, plan.quant, [context] * batch)
     reading = read_limit(limits, step_bytes)
     if flops is None or reading is None or workload.isl == 0:

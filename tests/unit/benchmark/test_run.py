@@ -18,7 +18,7 @@ from trtkit.benchmark.cells import ENGINE_LOST
 from trtkit.benchmark.run import BenchRun, Settings, run_bench
 from trtkit.benchmark.targets import open_targets
 from trtkit.spec.codec import read_record
-from trtkit.spec.errors import CapacityError, EngineError, InputError, OutputError
+from trtkit.spec.errors import CapacityError, EngineError, InputError, MeasurementError, OutputError
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.measured import Measured
 from trtkit.spec.result import BENCH_KIND, BenchResult, Check
@@ -166,7 +166,8 @@ def test_the_injected_judge_can_make_a_result_invalid(tmp_path: Path) -> None:
     done = run([bundle(tmp_path)], tmp_path, judge=lambda r: (Check(name="j", status="fail", detail=r.engine.name),))
     assert not done.results[0].valid
     assert done.results[0].checks[-1] == Check(name="j", status="fail", detail="fake")
-    done.raise_if_incomplete()
+    with pytest.raises(MeasurementError, match="1 cells are invalid: fake, concurrency 2, ISL 16, OSL 4: j: fake"):
+        done.raise_if_incomplete()
 
 
 def test_tokens_that_are_missing_make_a_result_invalid(tmp_path: Path) -> None:
