@@ -57,7 +57,9 @@ def comparison_blocks(comparison: Comparison) -> list[Block]:
 
 
 def _performance(title: str, comparison: Comparison) -> Block:
-    rows = [("condition", "metric", comparison.reference, comparison.candidate, "ratio [95 %]", "noise", "verdict")]
+    rows: list[tuple[str, ...]] = [
+        ("condition", "metric", comparison.reference, comparison.candidate, "ratio [95 %]", "noise", "verdict")
+    ]
     rows += [_ratio_row(ratio) for ratio in comparison.ratios]
     remarks = dict.fromkeys(r.reason for r in comparison.ratios if r.reason)
     return Block(title=f"Performance: {title}", rows=tuple(rows), remarks=tuple(remarks))
@@ -74,7 +76,9 @@ def _ratio_row(r: RatioResult) -> tuple[str, ...]:
 
 
 def _quality(title: str, found: Sequence[QualityComparison]) -> Block:
-    rows = [("task", "metric", "reference", "candidate", "difference [95 %]", "p (test)", "documents", "verdict")]
+    rows: list[tuple[str, ...]] = [
+        ("task", "metric", "reference", "candidate", "difference [95 %]", "p (test)", "documents", "verdict")
+    ]
     remarks = []
     for q in found:
         scores = (f"{q.reference:.4g} {q.unit}", f"{q.candidate:.4g} {q.unit}")
