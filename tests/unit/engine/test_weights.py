@@ -1,0 +1,163 @@
+"""Loading checkpoints: ranks merged, names fused, damage refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import write_checkpoint
+from support.engine_models import make_hf, quantised, spec_of, trtllm_tensors
+
+from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import InputError, UnsupportedError
+from trtkit.spec.plan import Parallelism
+from trtkit.spec.quant import quant_for
+
+
+def _tensors_of(weights: ModelWeights) -> list[torch.Tensor]:
+    flat = [weights.embedding, weights.final_norm, weights.lm_head]
+    for layer in weights.layers:
+        flat += [layer.input_norm, layer.post_norm]
+        for linear in (layer.qkv, layer.dense, layer.gate_up, layer.down):
+            flat += linear.tensors()
+    return flat
+
+
+def _same(a: ModelWeights, b: ModelWeights) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(_tensors_of(a), _tensors_of(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [Parallelism(), Parallelism(tp=2), Parallelism(tp=4), Parallelism(pp=2), Parallelism(tp=2, pp=2)],
+    ids=lambda p: f"tp{p.tp}-pp{p.pp}",
+)
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+def test_any_split_merges_to_the_unsplit_model(tmp_path: Path, kind: str, parallel: Parallelism) -> None:
+    """tp 4 has more ranks than KV heads (2), so each head is on two ranks; 97 tokens divide by neither 2 nor 4."""
+    hf = make_hf(kind, vocab_size=97)
+    model, tensors = spec_of(hf), trtllm_tensors(hf)
+    directory = write_checkpoint(tmp_path / "c", model, tensors, parallel=parallel)
+    merged, quant = load_weights(directory)
+    assert quant.precision == "fp32"
+    assert _same(merged, weights_from_tensors(model, tensors, dtype=DType.FP32))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_int8_stays_int8_in_memory(tmp_path: Path, tp: int) -> None:
+    hf = make_hf()
+    model, tensors = spec_of(hf), quantised(trtllm_tensors(hf))
+    quant = quant_for("int8", compute=DType.FP32)
+    merged, _ = load_weights(write_checkpoint(tmp_path / "c", model, tensors, quant, Parallelism(tp=tp)))
+    layer = merged.layers[1]
+    assert layer.qkv.weight.dtype is layer.gate_up.weight.dtype is layer.down.weight.dtype is torch.int8
+    assert layer.gate_up.scale is not None
+    assert layer.gate_up.scale.shape == (2 * model.intermediate_size,)
+    assert _same(merged, weights_from_tensors(model, tensors, dtype=DType.FP32))
+    plain = weights_from_tensors(model, trtllm_tensors(hf), dtype=DType.FP32)
+    assert merged.num_bytes < 0.7 * plain.num_bytes
+
+
+def test_fc_is_the_gated_half() -> None:
+    hf = make_hf()
+    tensors = trtllm_tensors(hf)
+    weights = weights_from_tensors(spec_of(hf), tensors, dtype=DType.FP32)
+    gate, up = weights.layers[0].gate_up.weight.chunk(2)
+    assert torch.equal(gate, tensors["transformer.layers.0.mlp.fc.weight"])
+    assert torch.equal(up, tensors["transformer.layers.0.mlp.gate.weight"])
+
+
+def test_tied_embeddings_share_memory_and_count_once() -> None:
+    hf = make_hf(tie_word_embeddings=True)
+    weights = weights_from_tensors(spec_of(hf), trtllm_tensors(hf), dtype=DType.FP32)
+    assert weights.lm_head.data_ptr() == weights.embedding.data_ptr()
+    assert weights.num_bytes == spec_of(hf).num_params * 4
+
+
+def test_weights_are_copies_of_the_file(tmp_path: Path) -> None:
+    hf = make_hf()
+    directory = write_checkpoint(tmp_path / "c", spec_of(hf), trtllm_tensors(hf))
+    weights, _ = load_weights(directory)
+    before = weights.embedding.clone()
+    path = directory / "rank0.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(weights.embedding, before)
+
+
+def test_a_type_override_converts_everything(tmp_path: Path) -> None:
+    hf = make_hf()
+    directory = write_checkpoint(tmp_path / "c", spec_of(hf), trtllm_tensors(hf))
+    weights, _ = load_weights(directory, dtype=DType.BF16)
+    assert {t.dtype for t in _tensors_of(weights)} == {torch.bfloat16}
+
+
+NAME = "transformer.layers.1.mlp.proj.weight"
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    hf = make_hf()
+    tensors = trtllm_tensors(hf)
+    del tensors[NAME]
+    directory = write_checkpoint(tmp_path / "c", spec_of(hf), tensors)
+    with pytest.raises(InputError, match=f"rank0.safetensors: no usable tensor {NAME}"):
+        load_weights(directory)
+
+
+def test_a_wrong_shape_is_named_with_both_shapes() -> None:
+    hf = make_hf()
+    tensors = trtllm_tensors(hf)
+    tensors[NAME] = tensors[NAME][:, :-1]
+    with pytest.raises(InputError, match=rf"{NAME}: has shape \(32, 47\), the config asks for \(32, 48\)"):
+        weights_from_tensors(spec_of(hf), tensors, dtype=DType.FP32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_no_number_is_refused(bad: float) -> None:
+    hf = make_hf()
+    tensors = trtllm_tensors(hf)
+    tensors[NAME] = tensors[NAME].clone()
+    tensors[NAME][3, 4] = bad
+    with pytest.raises(InputError, match=f"{NAME}: holds NaN or infinity"):
+        weights_from_tensors(spec_of(hf), tensors, dtype=DType.FP32)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 2000])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    hf = make_hf()
+    directory = write_checkpoint(tmp_path / "c", spec_of(hf), trtllm_tensors(hf))
+    path = directory / "rank0.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"rank0\.safetensors: truncated or not safetensors"):
+        load_weights(directory)
+
+
+def test_a_missing_rank_is_refused(tmp_path: Path) -> None:
+    hf = make_hf()
+    directory = write_checkpoint(tmp_path / "c", spec_of(hf), trtllm_tensors(hf), parallel=Parallelism(tp=2))
+    (directory / "rank1.safetensors").unlink()
+    with pytest.raises(InputError, match=r"rank1\.safetensors: missing"):
+        load_weights(directory)
+
+
+def test_ranks_of_two_conversions_are_refused(tmp_path: Path) -> None:
+    directories = []
+    for seed in (0, 1):
+        hf = make_hf(seed=seed)
+        parallel = Parallelism(tp=2)
+        directories.append(write_checkpoint(tmp_path / str(seed), spec_of(hf), trtllm_tensors(hf), parallel=parallel))
+    (directories[1] / "rank1.safetensors").rename(directories[0] / "rank1.safetensors")
+    with pytest.raises(InputError, match="mixes two conversions"):
+        load_weights(directories[0])
+
+
+def test_a_scheme_for_gpus_is_refused_by_name(tmp_path: Path) -> None:
+    hf = make_hf()
+    directory = write_checkpoint(tmp_path / "c", spec_of(hf), trtllm_tensors(hf))
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization"]["quant_algo"] = "FP8"
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="FP8 is for GPUs"):
+        load_weights(directory)
