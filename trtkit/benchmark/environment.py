@@ -44,12 +44,10 @@ def fingerprint(
         command: the program's arguments; secrets are replaced.
         limits: measured ceilings of the device.
     """
-    on_gpu = device.startswith("cuda")
-    gpu = _gpu() if on_gpu else {}
     return Environment(
         hostname_hash=hashlib.sha256(platform.node().encode()).hexdigest()[:12],
         platform=f"{platform.system()} {platform.release()} {platform.machine()}",
-        device=gpu.get("name", device) if on_gpu else "cpu",
+        device=device,
         device_count=device_count,
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -59,7 +57,7 @@ def fingerprint(
         trtkit_commit=_commit(),
         command=redact(command),
         started_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        gpu=gpu,
+        gpu=_gpu() if device.startswith("cuda") else {},
         machine_limits=dict(limits or {}),
     )
 

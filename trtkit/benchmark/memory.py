@@ -15,6 +15,9 @@ from trtkit.spec.engine import EngineInfo, KVStats
 from trtkit.spec.result import MemorySplit
 
 INTERVAL_S = 0.02
+UNKNOWN_MEMORY = MemorySplit(
+    peak_bytes=None, peak_method="none", weight_bytes=None, kv_pool_bytes=None, kv_peak_bytes=None, other_bytes=None
+)
 _TREE_REFRESH_S = 1.0
 
 

@@ -16,8 +16,8 @@ from trtkit.benchmark.cells import ENGINE_LOST, Cell, load_title, plan_cells, pr
 from trtkit.benchmark.checks import FAIL, bookkeeping_checks
 from trtkit.benchmark.driver import run_repeat
 from trtkit.benchmark.environment import fingerprint
-from trtkit.benchmark.machine import measured_limits
-from trtkit.benchmark.memory import PeakSampler, gauge_for, nvml_baseline, split
+from trtkit.benchmark.machine import best_of, measured_limits, remeasured_limits
+from trtkit.benchmark.memory import UNKNOWN_MEMORY, PeakSampler, gauge_for, nvml_baseline, split
 from trtkit.benchmark.metrics import compute_metrics
 from trtkit.benchmark.prompts import PromptSet, build_prompts
 from trtkit.benchmark.shares import shares
@@ -27,7 +27,7 @@ from trtkit.spec.engine import Engine, Request
 from trtkit.spec.errors import CapacityError, EngineError, InputError, MeasurementError, TrtkitError
 from trtkit.spec.measured import Measured
 from trtkit.spec.progress import Progress, no_progress
-from trtkit.spec.result import BENCH_KIND, BenchResult, Check, Environment, MemorySplit, Repeat
+from trtkit.spec.result import BENCH_KIND, BenchResult, Check, Environment, Repeat
 from trtkit.spec.workload import Protocol, Workload
 
 Judge = Callable[[BenchResult], tuple[Check, ...]]
@@ -54,6 +54,7 @@ class Settings:
     opener: str = DEFAULT_OPENER
     timeouts: Timeouts = field(default_factory=Timeouts)
     limits: Callable[[str], Mapping[str, Measured]] = measured_limits
+    remeasure: Callable[[str], Mapping[str, Measured]] = remeasured_limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,14 +203,17 @@ class _Session:
         with PeakSampler(self._gauge) as sampler:
             warmup, repeats = run_cell(self._engine, cell.workload, prompts, self._reporter(cell))
         method = self._gauge.method if self._gauge else "none"
-        return assemble(
-            cell,
-            repeats,
-            split(self._engine.info, [repeat.kv for repeat in (warmup, *repeats)], sampler.peak_bytes, method),
-            replace(self._environment, started_utc=started),
-            self._protocol.name,
-            self._settings.judge,
-        )
+        memory = split(self._engine.info, [repeat.kv for repeat in (warmup, *repeats)], sampler.peak_bytes, method)
+        measured = self._measured(cell, repeats, started)
+        if any(share.value > 1 for share in measured.shares.values()):
+            # Beyond a limit means that the limit was measured too low: something else had the machine. Once more.
+            again = best_of(self._environment.machine_limits, self._settings.remeasure(cell.target.device))
+            self._environment = replace(self._environment, machine_limits=again)
+            measured = self._measured(cell, repeats, started)
+        return judged(replace(measured, memory=memory), self._settings.judge)
+
+    def _measured(self, cell: Cell, repeats: tuple[Repeat, ...], started: str) -> BenchResult:
+        return assemble(cell, repeats, replace(self._environment, started_utc=started), self._protocol.name)
 
     def _reporter(self, cell: Cell) -> Callable[[int], None]:
         total = warmup_count(cell.workload) + self._protocol.repeats * cell.workload.num_requests
@@ -253,53 +257,34 @@ def _requests(prefix: str, prompts: Sequence[np.ndarray], workload: Workload) ->
     ]
 
 
-def assemble(
-    cell: Cell,
-    repeats: tuple[Repeat, ...],
-    memory: MemorySplit,
-    environment: Environment,
-    protocol: str,
-    judge: Judge,
-) -> BenchResult:
-    """Metrics, shares, checks and verdict of one cell."""
+def assemble(cell: Cell, repeats: tuple[Repeat, ...], environment: Environment, protocol: str) -> BenchResult:
+    """Metrics, shares and bookkeeping checks of one cell; its memory is not known here."""
     plan = cell.target.plan
     metrics = compute_metrics(repeats, cell.workload)
     peak = max((repeat.kv.requests_peak for repeat in repeats), default=0)
-    result = BenchResult(
+    return BenchResult(
         engine=cell.target.ref,
         workload=cell.workload,
         protocol=protocol,
         metrics=metrics,
-        memory=memory,
+        memory=UNKNOWN_MEMORY,
         repeats=repeats,
         environment=environment,
-        checks=bookkeeping_checks(repeats, cell.workload, plan.kv.resolved(plan.limits.max_seq_len)),
+        checks=bookkeeping_checks(repeats, cell.workload, plan.kv),
         shares=shares(plan, cell.workload, metrics, environment.machine_limits, requests_peak=peak or None),
     )
+
+
+def judged(result: BenchResult, judge: Judge) -> BenchResult:
+    """The result with the judge's checks, and its verdict."""
     checks = (*result.checks, *judge(result))
     return replace(result, checks=checks, valid=all(check.status != FAIL for check in checks))
 
 
 def _lost(cell: Cell, protocol: Protocol, environment: Environment, reason: str) -> BenchResult:
     """The record of a cell whose engine failed: nothing measured, invalid, with the reason."""
-    return BenchResult(
-        engine=cell.target.ref,
-        workload=cell.workload,
-        protocol=protocol.name,
-        metrics={},
-        memory=MemorySplit(
-            peak_bytes=None,
-            peak_method="none",
-            weight_bytes=None,
-            kv_pool_bytes=None,
-            kv_peak_bytes=None,
-            other_bytes=None,
-        ),
-        repeats=(),
-        environment=replace(environment, started_utc=_now()),
-        checks=(Check(name=ENGINE_LOST, status=FAIL, detail=reason),),
-        valid=False,
-    )
+    empty = assemble(cell, (), replace(environment, started_utc=_now()), protocol.name)
+    return replace(empty, checks=(Check(name=ENGINE_LOST, status=FAIL, detail=reason),), valid=False)
 
 
 def _now() -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
+from trtkit.spec.dtype import DType
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.limits import matmul_limit, read_limit
 from trtkit.spec.measured import Measured, Source
@@ -17,6 +18,8 @@ from trtkit.spec.plan import BuildPlan
 from trtkit.spec.result import MetricResult
 from trtkit.spec.units import MS_PER_S
 from trtkit.spec.workload import Workload
+
+_MULTIPLY_TYPES = (DType.FP32, DType.BF16, DType.FP16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +34,9 @@ class Floor:
 def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int) -> Floor | None:
     """The machine's floor for this cell; None where a rate was not measured.
 
-    A decode step needs the longer of reading (weights once, every cache once) and multiplying. Eight-bit weights are
-    multiplied in the compute type, as the embedded engine and W8A16 do.
+    A decode step needs the longer of reading (weights once, every cache once) and multiplying.
     """
-    flops = matmul_limit(limits, plan.quant.compute)
+    flops = multiply_limit(plan, limits)
     context = mean_context(plan.kv.resolved(plan.limits.max_seq_len), workload)
     step_bytes = decode_step_bytes(plan.model, plan.quant, [context] * batch)
     reading = read_limit(limits, step_bytes)
@@ -46,6 +48,17 @@ def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], b
         step_s=max(step_bytes / reading.value, multiply_s),
         batch=batch,
     )
+
+
+def multiply_limit(plan: BuildPlan, limits: Mapping[str, Measured]) -> Measured | None:
+    """The fastest rate at which this plan's products may be made.
+
+    A plan in 32 bits multiplies in 32 bits. Below that the kernel may choose (a CPU without FP16 units computes FP16
+    in another type, and eight-bit weights in any), so the best measured type bounds it.
+    """
+    wanted = (DType.FP32,) if plan.quant.weights is DType.FP32 else _MULTIPLY_TYPES
+    rates = [rate for dtype in wanted if (rate := matmul_limit(limits, dtype)) is not None]
+    return max(rates, key=lambda rate: rate.value, default=None)
 
 
 def mean_context(kv: KVPolicySpec, workload: Workload) -> float:

@@ -10,21 +10,16 @@ from support.samples import repeat, sample
 from trtkit.benchmark.cells import Cell
 from trtkit.benchmark.compat import vllm_view
 from trtkit.benchmark.environment import fingerprint
-from trtkit.benchmark.memory import MemorySplit
-from trtkit.benchmark.run import assemble, no_judge
+from trtkit.benchmark.run import assemble
 from trtkit.benchmark.targets import open_targets
 from trtkit.spec.workload import Workload
-
-MEMORY = MemorySplit(
-    peak_bytes=None, peak_method="none", weight_bytes=None, kv_pool_bytes=None, kv_peak_bytes=None, other_bytes=None
-)
 
 
 def view(tmp_path: Path, *repeats, **load: object) -> dict[str, object]:
     workload = Workload(**{"isl": 4, "osl": 4, "num_requests": 3, "concurrency": 1, **load})
     (target,) = open_targets([fake_bundle(tmp_path)])
     cell = Cell(target=target, workload=workload, path=tmp_path / "x.json")
-    return vllm_view(assemble(cell, repeats, MEMORY, fingerprint(device="cpu"), "p", no_judge))
+    return vllm_view(assemble(cell, repeats, fingerprint(device="cpu"), "p"))
 
 
 def test_flat_keys_carry_the_units_and_values_that_vllm_writes(tmp_path: Path) -> None:

@@ -89,11 +89,11 @@ def test_repeats_are_kept_and_their_median_leads() -> None:
 
 
 def test_steady_window_is_from_first_to_last_moment_at_full_concurrency() -> None:
-    # a 0..16, b 4..20, c 16..32: two at once from 4 to 20 ms.
-    run = repeat(sample("a"), sample("b", submit_ms=4), sample("c", submit_ms=16))
-    assert steady_window_ns(run, 2) == (4_000_000, 20_000_000)
+    # a 0..16, b 10..26, c 16..32: two at once from 10 to 26 ms.
+    run = repeat(sample("a"), sample("b", submit_ms=10), sample("c", submit_ms=16))
+    assert steady_window_ns(run, 2) == (10_000_000, 26_000_000)
     assert steady_window_ns(run, 3) is None
-    # Tokens in (4, 20]: a 10 12 14 16, b 14 16 18 20.
+    # Tokens in (10, 26]: a 12 14 16 (its first, at 10, is outside), b 20 22 24 26, c 26.
     metrics = compute_metrics([run], replace(LOAD, concurrency=2))
     assert value(metrics, "tps_window") == pytest.approx(8 / 0.016)
 

@@ -18,9 +18,11 @@ from trtkit.benchmark.cells import ENGINE_LOST
 from trtkit.benchmark.run import BenchRun, Settings, run_bench
 from trtkit.benchmark.targets import open_targets
 from trtkit.spec.codec import read_record
+from trtkit.spec.dtype import DType
 from trtkit.spec.errors import CapacityError, EngineError, InputError, MeasurementError, OutputError
 from trtkit.spec.kv import parse_kv_policy
-from trtkit.spec.measured import Measured
+from trtkit.spec.limits import READ_BYTES_S, matmul_key
+from trtkit.spec.measured import Measured, Source
 from trtkit.spec.result import BENCH_KIND, BenchResult, Check
 from trtkit.spec.workload import Protocol, Workload
 
@@ -189,6 +191,25 @@ def test_an_output_directory_that_cannot_be_written_stops_before_anything_starts
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OutputError, match="cannot be written"):
         run([bundle(tmp_path, refuse_at_open=True)], tmp_path)
+
+
+def test_a_share_beyond_the_limit_has_the_limit_measured_again_and_the_better_one_counts(tmp_path: Path) -> None:
+    def limits(scale: float) -> dict[str, Measured]:
+        keys = (READ_BYTES_S, matmul_key(DType.FP32))
+        return {key: Measured(value=scale, unit="x/s", source=Source.MEASURED) for key in keys}
+
+    path, calls = bundle(tmp_path), []
+
+    def again(device: str) -> dict[str, Measured]:
+        calls.append(device)
+        return limits(1e15)
+
+    wanted = protocol(workload(), workload(isl=20))
+    (first, second) = run([path], tmp_path, wanted, limits=lambda _device: limits(1.0), remeasure=again).results
+    assert calls == ["cpu"]
+    for result in (first, second):
+        assert result.environment.machine_limits[READ_BYTES_S].value == 1e15
+        assert 0 < result.shares["tpot_ms"].value < 1
 
 
 def test_progress_ends_at_its_total(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from support.fake_engine import tiny_model
 from support.samples import repeat, sample
 
 from trtkit.benchmark.metrics import compute_metrics
-from trtkit.benchmark.shares import floor, mean_context, shares
+from trtkit.benchmark.shares import floor, mean_context, multiply_limit, shares
 from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
 from trtkit.spec.dtype import DType
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
@@ -82,3 +82,14 @@ def test_an_open_loop_has_no_known_step() -> None:
 def test_without_a_measured_rate_there_is_no_share(missing: str) -> None:
     rates = {key: value for key, value in limits().items() if key != missing}
     assert shares(PLAN, LOAD, compute_metrics([repeat(sample())], LOAD), rates) == {}
+
+
+def test_below_32_bits_the_fastest_measured_type_bounds_the_products() -> None:
+    rates = {
+        matmul_key(dtype): Measured(value=value, unit="FLOP/s", source=Source.MEASURED)
+        for dtype, value in ((DType.FP32, 5.0), (DType.BF16, 9.0), (DType.FP16, 1.0))
+    }
+    assert multiply_limit(PLAN, rates).value == 5
+    for precision in ("fp16", "int8"):
+        assert multiply_limit(replace(PLAN, quant=quant_for(precision)), rates).value == 9
+    assert multiply_limit(PLAN, {}) is None
