@@ -25,6 +25,7 @@ from scipy.optimize import least_squares
 from trtkit.plan import perfmodel
 from trtkit.plan.calibration import BUILT_IN, FIRST_NEW_SCHEDULER, load_calibration, rates_of, version_number
 from trtkit.plan.names import precision_from
+from trtkit.plan.roofline import floors
 from trtkit.plan.rows import TableRow, try_parse
 from trtkit.plan.scenario import Scenario, load_of
 
@@ -366,7 +367,24 @@ def calibration(fit: Fit, vector: np.ndarray, errors: np.ndarray, facts: Path) -
         },
         "errors": bands(fit, errors),
         "reserved_fraction": rounded(reserved_fraction(truth)),
+        "highest_shares": highest_shares(fit.seen),
     }
+
+
+def highest_shares(seen: list[Observation]) -> dict:
+    """By metric class, the largest share of the physical limit that a measurement needed."""
+    shares: dict = defaultdict(float)
+    for o in seen:
+        limits = floors(o.scenario)
+        if o.kind == "throughput":
+            total = o.value * (o.row.num_gpus if o.row.metric == "per_gpu" else 1)
+            share = total / o.row.replicas / limits.tok_s.value
+        elif o.row.metric == "decode_tok_s_user":
+            share = o.value * limits.tpot_ms.value / 1e3
+        else:
+            share = (limits.ttft_ms if o.kind == "ttft" else limits.tpot_ms).value / o.value
+        shares[o.kind] = max(shares[o.kind], share)
+    return {kind: rounded(share) for kind, share in sorted(shares.items())}
 
 
 def reserved_fraction(path: Path) -> float:

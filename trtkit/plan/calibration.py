@@ -65,6 +65,8 @@ class Calibration:
     errors: Mapping[str, ErrorBand]
     reserved_fraction: float
     """Share of a GPU's memory that stacks which reserve their pool ahead were seen to use."""
+    highest_shares: Mapping[str, float]
+    """By metric class: the largest share of the physical limit that any published measurement needed."""
 
     def group(self, scenario: Scenario) -> Group:
         """Constants for the scenario's GPU and precision.

@@ -199,7 +199,8 @@ def closed_loop(load: Load, rates: Rates) -> Times:
 
 def _first_token_s(load: Load, rates: Rates, running: Array, prefill: Array, tpot: Array) -> Array:
     """Host work, the prompt's own prefill, other prompts ahead of it, and a wait for a free place where there is none."""
-    others = np.maximum(np.where(np.isnan(load.concurrency), running, load.concurrency) - 1, 0)
+    asked: Array = np.where(np.isnan(load.concurrency), running, load.concurrency)
+    others: Array = np.maximum(asked - 1, 0)
     serving = rates.serving
     own = serving["first"] + serving["queue"] * others ** serving["queue_power"] + serving["burst"] * others
     waiting = np.maximum(others + 1 - running, 0) / running * load.osl * tpot
