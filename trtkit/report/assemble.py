@@ -8,8 +8,9 @@ from trtkit.report.columns import Configuration, configurations
 from trtkit.report.cost_rows import cost_section
 from trtkit.report.facts import check_lines, definitions, environment_facts
 from trtkit.report.model import Report
+from trtkit.report.quality_rows import quality_section
 from trtkit.report.records import Records
-from trtkit.report.rows import detail_sections, memory_section, quality_section, speed_sections
+from trtkit.report.rows import detail_sections, memory_section, speed_sections
 from trtkit.report.series import plots
 from trtkit.report.verdict import tiles
 from trtkit.spec.kv import KVFidelity

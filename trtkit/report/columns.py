@@ -149,7 +149,13 @@ def _kv_title(policy: KVPolicySpec, fidelity: KVFidelity) -> str:
 
 def _rank(configuration: Configuration) -> tuple[int, str, str, str, str]:
     column = configuration.column
-    return ROLES.index(column.role), column.precision, column.kv, column.gpus, f"{column.engine} {column.label} {column.device}"
+    return (
+        ROLES.index(column.role),
+        column.precision,
+        column.kv,
+        column.gpus,
+        f"{column.engine} {column.label} {column.device}",
+    )
 
 
 def _told_apart(found: Sequence[Configuration]) -> tuple[Configuration, ...]:

@@ -56,7 +56,7 @@ def _cell(section: Section, row: Row, cell: Cell) -> list[str]:
     """Value and ratio; under it the spread and the share of the limit."""
     first = "  ".join(filter(None, (value_text(cell, row), ratio_text(cell))))
     second = ", ".join(filter(None, (spread_text(cell, row), share_text(cell), cell_source(section, cell))))
-    return [first, second]
+    return [first, second, cell.remark]
 
 
 def _line(label: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

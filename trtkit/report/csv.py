@@ -31,6 +31,7 @@ FIELDS = (
     "samples",
     "better",
     "reason",
+    "remark",
 )
 
 
@@ -57,7 +58,7 @@ def _line(column: Column, row: Row, cell: Cell) -> tuple[object, ...]:
     what = (row.metric, row.label, row.condition, cell.status, cell.value, cell.unit or row.unit)
     spread = (cell.low, cell.high, cell.error, cell.spread, None if cell.source is None else cell.source.value)
     share = None if cell.share is None else cell.share.value
-    return (*who, *what, *spread, share, cell.ratio, cell.samples, row.better, cell.reason)
+    return (*who, *what, *spread, share, cell.ratio, cell.samples, row.better, cell.reason, cell.remark)
 
 
 def _safe(field: object) -> object:

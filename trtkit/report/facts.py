@@ -14,7 +14,8 @@ from trtkit.spec.metrics import HIGHER, LOWER, METRICS
 from trtkit.spec.result import BenchResult, Environment, QualityResult
 from trtkit.spec.units import GB, format_count, format_gib
 
-_RUN_FIELDS = ("command", "started_utc", "machine_limits")
+_RUN_FIELDS = ("command", "started_utc", "machine_limits", "trtkit_commit")
+"""What differs from record to record of one machine."""
 _OWN = (
     Definition(
         key="peak_memory",
@@ -67,6 +68,13 @@ _GENERAL = (
         better="",
         formula="95 % interval over repeats, or min-max where there are fewer than three; ± is one standard error",
     ),
+    Definition(
+        key="paired",
+        label="paired",
+        unit="as the score's documents",
+        better=HIGHER,
+        formula="mean difference from the first column over the same documents, with its 95 % interval; above 0 is better",
+    ),
 )
 
 
@@ -88,7 +96,7 @@ def _task(score: QualityResult) -> Definition:
         label=f"{score.task} {score.metric}",
         unit=score.unit,
         better=score.better,
-        formula=f"mean over {len(score.documents)} documents, protocol {score.protocol}",
+        formula=f"over {len(score.documents)} documents; {score.protocol}",
     )
 
 
@@ -123,12 +131,15 @@ def environment_facts(found: Sequence[Configuration]) -> tuple[tuple[Fact, ...],
         if prefix:
             facts.append(Fact(name=f"{prefix}columns", text=", ".join(titles)))
         facts += [Fact(name=f"{prefix}{name}", text=text) for name, text in _describe(environment) if text]
-    notes = (
-        (f"records come from {len(machines)} different environments; ratios between them compare those too",)
-        if len(machines) > 1
-        else ()
-    )
-    return (*facts, *_protocols(found)), notes
+    commits = {record.environment.trtkit_commit or "unknown" for c in found for record in c.records}
+    facts.append(Fact(name="trtkit commit", text=", ".join(sorted(commits))))
+    return (*facts, *_protocols(found)), _mixed(len(machines), len(commits))
+
+
+def _mixed(machines: int, commits: int) -> tuple[str, ...]:
+    """What makes the columns differ besides the engines."""
+    counts = ((machines, "different environments"), (commits, "commits of trtkit"))
+    return tuple(f"records come from {n} {what}; ratios compare those too" for n, what in counts if n > 1)
 
 
 def _identity(environment: Environment) -> str:
@@ -147,7 +158,6 @@ def _describe(environment: Environment) -> list[tuple[str, str]]:
         ("platform", environment.platform),
         ("Python", environment.python),
         ("versions", _pairs(environment.versions)),
-        ("trtkit commit", environment.trtkit_commit or "unknown"),
         ("limits of this machine", limits),
         ("started", environment.started_utc),
         ("command", environment.command),

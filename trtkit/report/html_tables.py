@@ -89,8 +89,8 @@ def _cell(section: Section, row: Row, cell: Cell) -> str:
         reason = f'<span class="reason">{escape(cell.reason)}</span>'
         mark = "" if cell.note is None else f' <a href="#note-{cell.note}">[{cell.note}]</a>'
         return f'<td class="{cell.status}">{"n/a" if cell.status != "invalid" else "invalid"}{mark}{reason}</td>'
-    parts = (_value(row, cell), _small(spread_text(cell, row)), _share(cell), _small(cell_source(section, cell)))
-    return f"<td>{''.join(parts)}</td>"
+    small = (spread_text(cell, row), cell_source(section, cell), cell.remark)
+    return f"<td>{_value(row, cell)}{''.join(_small(text) for text in small)}{_share(cell)}</td>"
 
 
 def _value(row: Row, cell: Cell) -> str:

@@ -59,6 +59,7 @@ def _cell(section: Section, row: Row, cell: Cell) -> str:
         f"[{spread}]" if spread else "",
         f"{share} of limit" if share else "",
         cell_source(section, cell),
+        cell.remark,
     )
     return ", ".join(filter(None, parts))
 

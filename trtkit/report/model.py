@@ -18,7 +18,8 @@ class Cell:
     `error` is the standard error where that is what is known.
     `share` is the part of the machine's own limit that was reached, 1.0 being the limit. `ratio` is the value over
     the first column's, and `distinct` whether the two spreads are apart (None where a spread is unknown). `note` is
-    the number of the report's note with the full reason of an invalid or missing value.
+    the number of the report's note with the full reason of an invalid or missing value. `remark` is small print of
+    this cell alone, such as a paired difference.
     """
 
     status: str = OK
@@ -35,6 +36,7 @@ class Cell:
     samples: int | None = None
     reason: str = ""
     note: int | None = None
+    remark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -97,7 +97,7 @@ def _lines(axes: Axes, plot: Plot, names: Sequence[str]) -> None:
         axes.errorbar(
             [point.x for point in curve.points],
             [point.y for point in curve.points],
-            yerr=_bounds(curve),
+            yerr=None if plot.style == "pareto" else _bounds(curve),
             color=colour(curve.column),
             marker=MARKERS[curve.column % len(MARKERS)][0],
             linestyle=_DASHES[groups.index(curve.group) % len(_DASHES)],

@@ -9,17 +9,16 @@ from trtkit.report.cells import (
     Notes,
     against_first,
     condition,
-    failure_reason,
     metric_cell,
     missing,
     restricted,
 )
 from trtkit.report.columns import Configuration
-from trtkit.report.model import INVALID, OK, Cell, Row, Section
+from trtkit.report.model import OK, Cell, Row, Section
 from trtkit.spec.codec import digest
 from trtkit.spec.measured import Source
 from trtkit.spec.metrics import LOWER, METRICS
-from trtkit.spec.result import BenchResult, MemorySplit, QualityResult
+from trtkit.spec.result import BenchResult, MemorySplit
 from trtkit.spec.workload import Workload
 
 MEMORY_PARTS: tuple[tuple[str, str, Callable[[MemorySplit], int | None]], ...] = (
@@ -146,50 +145,6 @@ def _memory_cell(configuration: Configuration, part: Callable[[MemorySplit], int
     if size is None:
         return missing(f"{configuration.column.engine}: memory was not sampled ({result.memory.peak_method})", notes)
     return Cell(value=float(size), unit="B", source=Source.MEASURED)
-
-
-def quality_section(found: Sequence[Configuration], notes: Notes) -> Section:
-    """Every task once per metric and protocol, with standard errors."""
-    tasks = {(q.task, q.metric, q.protocol, q.unit): q for c in found for q in c.quality}
-    rows = []
-    for (task, metric, protocol, unit), sample in sorted(tasks.items()):
-        cells = tuple(_quality_cell(_score(c, sample), notes) for c in found)
-        row = Row(
-            key=f"quality.{task}.{metric}",
-            metric=f"{task}.{metric}",
-            label=f"{task} {metric}",
-            condition=protocol,
-            unit=unit,
-            digits=3,
-            better=sample.better,
-            cells=cells,
-        )
-        rows.append(against_first(row))
-    return Section(title="Quality", rows=tuple(rows))
-
-
-def _score(configuration: Configuration, sample: QualityResult) -> QualityResult | None:
-    wanted = (sample.task, sample.metric, sample.protocol)
-    return next((q for q in configuration.quality if (q.task, q.metric, q.protocol) == wanted), None)
-
-
-def _quality_cell(score: QualityResult | None, notes: Notes) -> Cell:
-    if score is None:
-        return missing("not scored")
-    if not score.valid:
-        reason = f"{score.task}: {failure_reason(score)}"
-        return Cell(status=INVALID, reason=reason, note=notes.number(f"{score.engine.name}, {reason}"))
-    error = score.stderr
-    return Cell(
-        value=score.score,
-        unit=score.unit,
-        low=None if error is None else score.score - error,
-        high=None if error is None else score.score + error,
-        error=error,
-        spread=f"1 standard error, {len(score.documents)} documents" if error is not None else "",
-        source=Source.MEASURED,
-        samples=len(score.documents),
-    )
 
 
 def detail_sections(found: Sequence[Configuration], notes: Notes) -> tuple[Section, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from trtkit.report.columns import Configuration
 from trtkit.report.model import OK, Curve, Plot, Point, Row, Section, Stack
@@ -142,7 +143,11 @@ def _pareto(found: Sequence[Configuration]) -> Plot:
         label = "" if result.workload.concurrency is None else str(result.workload.concurrency)
         return _point(speed, result.metrics["tps"], "value", label)
 
-    curves = _curves(found, _context, point)
+    by_load = [
+        replace(curve, points=tuple(sorted(curve.points, key=lambda p: (len(p.label), p.label))))
+        for curve in _curves(found, _context, point)
+    ]
+    curves = tuple(by_load)
     return Plot(
         key="pareto",
         title="Throughput against speed per user",

@@ -153,3 +153,19 @@ def test_without_matplotlib_the_page_keeps_its_tables_and_says_what_is_missing(
     assert page.all("svg") == []
     assert "plots need matplotlib" in page.text
     assert report.plots[0].summary in page.text
+
+
+def test_a_ratio_is_judged_by_the_direction_and_the_spread(page: Page) -> None:
+    faster, slower = re.search(r"1\.50x better", page.text), re.search(r"0\.67x better", page.text)
+    assert faster, "more tokens per second is better"
+    assert slower, "a shorter time is better"
+    assert "1.08x worse" in page.text, "a higher perplexity is worse"
+
+
+def test_a_share_above_the_limit_is_marked() -> None:
+    cell = bench()
+    share = replace(cell.shares["tps"], value=1.2)
+    over = html.render(assemble(Records(bench=(replace(cell, shares={"tps": share}),)), PRICES))
+    assert 'class="share over"' in over
+    assert "width:100.0%" in over
+    assert "120 % of limit" in over

@@ -63,10 +63,10 @@ def test_a_figure_of_zeros_and_of_many_columns_is_drawn_without_a_warning(style:
     assert draw(plot(style, y=0.0, count=len(MARKERS) + 1), ["● long name"] * (len(MARKERS) + 1))
 
 
-def test_markup_in_a_group_is_text() -> None:
-    svg = draw(plot("lines", group="<script>$x$"), ["a", "b", "c"])
+def test_markup_and_dollars_in_a_group_are_text() -> None:
+    svg = draw(plot("lines", group="<script>$x_1^$"), ["a", "b", "c"])
     assert "<script" not in svg
-    assert "&lt;script&gt;$x$" in svg
+    assert "&lt;script&gt;$x_1^$0" in svg
 
 
 def test_the_same_figure_is_drawn_the_same() -> None:

@@ -8,7 +8,7 @@ from support.synthetic_records import PRICES, bench, full_set, invalid, quality
 from trtkit.report.assemble import assemble
 from trtkit.report.model import Report, Row
 from trtkit.report.records import Records
-from trtkit.spec.result import BenchResult, Check, QualityResult
+from trtkit.spec.result import BenchResult, Check, DocumentOutcome, QualityResult
 from trtkit.spec.workload import SLO
 
 
@@ -112,6 +112,32 @@ def test_a_score_carries_its_standard_error() -> None:
     assert (row.cells[0].error, row.cells[0].low, row.cells[0].high) == (0.25, 4.75, 5.25)
 
 
+def scored(name: str, *scores: float, better: str = "lower") -> QualityResult:
+    documents = tuple(DocumentOutcome(document=f"d{i}", group="", score=s) for i, s in enumerate(scores))
+    return replace(quality(name, score=sum(scores) / len(scores)), documents=documents, unit="nats", better=better)
+
+
+def test_scores_are_compared_on_the_same_documents_in_whatever_order() -> None:
+    base = scored("fp32", 1.0, 5.0, 9.0, 2.0)
+    worse = scored("int8", 1.1, 5.11, 9.1, 2.12)
+    mixed = replace(worse, documents=worse.documents[::-1])
+    (row,) = rows(report_of(scores=(base, mixed)), "Quality")
+    assert row.cells[1].distinct is True, "a small difference on every document is beyond chance"
+    assert row.cells[1].remark.startswith("paired -0.11 [")
+
+
+def test_a_difference_within_chance_is_marked_although_the_errors_are_small() -> None:
+    (row,) = rows(report_of(scores=(scored("fp32", 1.0, 2.0, 3.0), scored("int8", 1.1, 1.9, 3.0))), "Quality")
+    assert row.cells[1].distinct is False
+
+
+def test_other_documents_are_not_paired() -> None:
+    base, other = scored("fp32", 1.0, 2.0), scored("int8", 1.0, 2.0, 3.0)
+    (row,) = rows(report_of(scores=(base, other)), "Quality")
+    assert row.cells[1].distinct is None
+    assert "not paired" in row.cells[1].remark
+
+
 def test_an_unknown_standard_error_stays_unknown() -> None:
     (row,) = rows(report_of(bench(), scores=(quality(stderr=None),)), "Quality")
     assert (row.cells[0].error, row.cells[0].low, row.cells[0].high) == (None, None, None)
@@ -132,3 +158,21 @@ def test_details_hold_every_statistic_of_every_metric() -> None:
     wanted = {f"{key}.{stat}" for key, metric in cell.metrics.items() for stat in metric.stats}
     assert wanted <= found
     assert {"peak_memory", "memory_weights", "memory_kv_pool", "memory_kv_peak", "memory_other"} <= found
+
+
+def test_columns_from_different_machines_are_said_to_be() -> None:
+    other = replace(bench("int8"), environment=replace(bench().environment, cpu="another CPU"))
+    assert report_of(bench("fp32"), bench("int8")).notes == ()
+    notes = report_of(bench("fp32"), other).notes
+    assert notes == ("records come from 2 different environments; ratios compare those too",)
+
+
+def test_the_newer_of_two_records_is_noted_in_the_report() -> None:
+    newer = replace(bench(), environment=replace(bench().environment, started_utc="2027-01-01T00:00:00Z"))
+    assert "of two records of the same cell the newer counts" in " ".join(report_of(bench(), newer).notes)
+
+
+def test_checks_that_failed_come_first() -> None:
+    passed, failed = Check(name="a", status="pass", detail=""), Check(name="b", status="fail", detail="")
+    report = report_of(replace(bench(), checks=(passed, failed, passed)))
+    assert [check.status for check in report.checks] == ["fail", "pass", "pass"]
