@@ -112,7 +112,8 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
     layouts = _layouts(source, stored, parallel)
     with working_directory(output) as partial, Journal(partial, _plan_digest(source, stored, parallel)) as journal:
         check_space(output, sum(layout.num_bytes for layout in layouts) - _present_bytes(partial))
-        if not journal.finished:
+        if not journal.finished or not _files_intact(partial, layouts):
+            journal.restart()
             _begin_files(partial, layouts)
         _run(source, pieces, partial, layouts, journal, progress)
         write_text(partial / CONFIG_NAME, _config_text(source, stored, parallel))
@@ -172,6 +173,11 @@ def _config_text(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallel
 
 def _present_bytes(partial: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in partial.iterdir() if file.is_file())
+
+
+def _files_intact(partial: Path, layouts: Sequence[FileLayout]) -> bool:
+    paths = [partial / rank_file(rank) for rank in range(len(layouts))]
+    return all(p.is_file() and p.stat().st_size == layout.num_bytes for p, layout in zip(paths, layouts, strict=True))
 
 
 def _begin_files(partial: Path, layouts: Sequence[FileLayout]) -> None:

@@ -31,16 +31,19 @@ class Journal:
         with output_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._mutex = threading.Lock()
-        self.finished = self._begin(f"{plan_digest} {_boot_id()}")
-
-    def _begin(self, title: str) -> frozenset[int]:
+        self._title = f"{plan_digest} {_boot_id()}"
         *lines, _torn = self.path.read_text(encoding="ascii", errors="replace").split("\n")
-        if lines and lines[0] == title:
-            return frozenset(int(line) for line in lines[1:] if line.isdecimal())
+        if lines and lines[0] == self._title:
+            self.finished = frozenset(int(line) for line in lines[1:] if line.isdecimal())
+        else:
+            self.restart()
+
+    def restart(self) -> None:
+        """Forget what was finished."""
+        self.finished: frozenset[int] = frozenset()
         with output_errors(self.path):
             os.ftruncate(self._descriptor, 0)
-            os.write(self._descriptor, f"{title}\n".encode("ascii"))
-        return frozenset()
+            os.write(self._descriptor, f"{self._title}\n".encode("ascii"))
 
     def note(self, piece: int) -> None:
         """Record a piece whose data has been written."""
