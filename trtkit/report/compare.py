@@ -30,7 +30,7 @@ def render_comparisons(comparisons: Sequence[Comparison], costs: Sequence[Block]
     blocks = [block for comparison in comparisons for block in comparison_blocks(comparison)]
     blocks += costs
     if fmt == "md":
-        return "\n".join(_markdown(block) for block in blocks)
+        return "\n".join(markdown_block(block) for block in blocks)
     return _html(blocks) if fmt == "html" else "\n\n".join(_console(block) for block in blocks)
 
 
@@ -125,7 +125,8 @@ def _console(block: Block) -> str:
     return "\n".join((block.title, table(block.rows), *(f"  {remark}" for remark in block.remarks)))
 
 
-def _markdown(block: Block) -> str:
+def markdown_block(block: Block) -> str:
+    """One table as Markdown, everything escaped."""
     lines = [f"| {' | '.join(_md(cell) for cell in row)} |" for row in block.rows]
     lines.insert(1, "|" + "---|" * len(block.rows[0]))
     return "\n".join((f"## {_md(block.title)}", "", *lines, "", *(f"- {_md(remark)}" for remark in block.remarks), ""))
