@@ -70,3 +70,13 @@ def test_the_fastest_load_is_never_an_invalid_one() -> None:
     best = fastest(found[0])
     assert best is not None
     assert best.workload.concurrency == 1
+
+
+def test_an_interval_that_reaches_below_zero_bounds_the_cost_on_one_side_only() -> None:
+    cell = bench()
+    wide = replace(stat(100.0), low=-50.0, high=250.0)
+    metrics = {**cell.metrics, "tps": replace(cell.metrics["tps"], stats={"value": wide})}
+    section, _, _ = priced(replace(cell, metrics=metrics))
+    (priced_cell,) = section.rows[0].cells
+    assert priced_cell.high is None
+    assert priced_cell.low == pytest.approx(0.1 / (250.0 * 3600) * 1e6)
