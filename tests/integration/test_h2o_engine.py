@@ -18,10 +18,14 @@ from support.dense_oracle import (
     small_model,
 )
 
+from trtkit.engine import eviction
 from trtkit.engine.eviction import prefill_piece
+from trtkit.engine.open import open_tensors
 from trtkit.kv.baselines import RandomKeep
 from trtkit.kv.policy import CachedTokens
+from trtkit.spec.dtype import DType
 from trtkit.spec.engine import FinishReason, Request, Sampling, ScoreRequest
+from trtkit.spec.errors import UsageError
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import Limits
 
@@ -452,3 +456,126 @@ def test_scored_continuations_do_not_see_each_other():
                 [ScoreRequest(request_id="b", context_ids=context, continuations=(tokens,), chunk_ends=(40,))]
             )
             assert alone_.continuations[0].logprobs == pytest.approx(expected.logprobs, abs=1e-5)
+
+
+def test_scored_continuations_leave_no_trace_in_the_ledger():
+    masses = []
+    for count in (1, 30):
+        with open_small(MODEL, TENSORS, H2O) as engine:
+            request = ScoreRequest(
+                request_id="a", context_ids=prompt_of(50), continuations=(prompt_of(count, seed=2),), chunk_ends=(30,)
+            )
+            observer = engine._runner.observer
+            forget = engine._runner.forget
+
+            def keep(sequence, observer=observer, forget=forget):
+                masses.append(observer._tracked[sequence].ledger.mass.clone())
+                forget(sequence)
+
+            engine._runner.forget = keep
+            list(engine.score([request]))
+    assert torch.equal(*masses)
+
+
+def test_layers_choose_by_their_own_scores():
+    with open_small(MODEL, TENSORS, H2O) as engine:
+        events = engine.generate([request("a", prompt_of(100), 5)])
+        next(events)
+        first, second = next(iter(engine._runner.observer._tracked.values())).ledger.positions.sort(-1).values
+        events.close()
+    assert not torch.equal(first, second)
+
+
+def test_side_bytes_are_what_ledgers_and_rings_hold_and_go_with_their_request():
+    with open_small(MODEL, TENSORS, H2O) as engine:
+        events = engine.generate([request("a", prompt_of(100), 5), request("b", prompt_of(100, seed=1), 20)])
+        seen = []
+        for _ in events:
+            observer = engine._runner.observer
+            ledgers = sum(t.ledger.num_bytes for t in observer._tracked.values())
+            seen.append((len(observer._tracked), ledgers, engine.kv_stats().side_bytes))
+        ring = 32 * 2 * MODEL.num_layers * MODEL.num_heads * MODEL.head_dim * 4
+    assert max(count for count, _, _ in seen) == 2
+    assert (2, 2 * 2 * 2 * (24 + 64) * 8) in {(count, held) for count, held, _ in seen}
+    assert max(total for _, _, total in seen) == 2 * 2 * 2 * (24 + 64) * 8 + ring
+
+
+def test_a_bfloat16_cache_evicts_and_moves_rows_bit_by_bit():
+    limits = Limits(max_batch_size=4, max_num_tokens=128, max_seq_len=256, tokens_per_block=4, kv_memory_bytes=1 << 20)
+    spec = parse_kv_policy(H2O)
+    with open_tensors(MODEL, TENSORS, limits=limits, kv_policy=spec, dtype=DType.BF16) as engine:
+        events = engine.generate([request("a", prompt_of(100), 20)])
+        cache = engine._runner.cache
+        observed = []
+        move = eviction.move_slots
+
+        def checked(cache, table, moves):
+            before = [cache.read(layer, table, 24 + PIECE)[1] for layer in range(2)]
+            move(cache, table, moves)
+            after = [cache.read(layer, table, 24)[1] for layer in range(2)]
+            for old, new in zip(before, after, strict=True):
+                rows = {tuple(row) for head in old.tolist() for row in head}
+                assert all(tuple(row) in rows for head in new.tolist() for row in head)
+            observed.append(len(moves.rows))
+
+        eviction.move_slots = checked
+        try:
+            next(events)
+        finally:
+            eviction.move_slots = move
+        assert cache.layers[0].dtype is torch.bfloat16
+        assert sum(observed) > 0
+        events.close()
+
+
+@pytest.mark.parametrize(
+    ("kv", "reason"),
+    [
+        ("h2o:300", "above max_seq_len 256"),
+        ("nonsense:50%", "unknown KV policy 'nonsense'"),
+        ("h2o:24,scorer=max", "unknown scorer 'max'"),
+        ("h2o:4,sinks=3,recent=1,scorer=none", "unknown scorer 'none'"),
+        ("window:20,scorer=sum", "has no scorer"),
+        ("window:20,sinks=4,recent=4", "leave recent out"),
+    ],
+)
+def test_what_cannot_be_carried_out_is_refused_at_open_and_per_request_alike(kv, reason):
+    with pytest.raises(UsageError, match=reason):
+        open_small(MODEL, TENSORS, kv)
+    with open_small(MODEL, TENSORS, H2O) as engine:
+        fine = request("fine", prompt_of(60), 20)
+        expected = run(engine, fine)["fine"]
+        events = list(engine.generate([fine, request("bad", prompt_of(60), 20, kv=parse_kv_policy(kv))]))
+    refused = [e for e in events if e.request_id == "bad"]
+    assert [e.finish for e in refused] == [FinishReason.ERROR]
+    assert reason in (refused[0].error or "")
+    assert [e.token_id for e in events if e.request_id == "fine"] == expected
+
+
+@pytest.mark.parametrize("kv", ["h2o:0", "h2o:-5", "h2o:101%", "h2o:0%", "h2o:10,sinks=6,recent=6", "h2o:9,interval=0"])
+def test_budgets_that_cannot_be_are_refused_where_they_are_read(kv):
+    with pytest.raises(UsageError, match="must be|below sinks"):
+        parse_kv_policy(kv)
+
+
+def test_a_sliding_window_model_is_held_inside_its_window_where_nothing_slides():
+    model = small_model(sliding_window=64)
+    with pytest.raises(UsageError, match="above max_seq_len 64"):
+        open_small(model, TENSORS, "h2o:100")
+    with open_small(model, TENSORS, H2O) as engine:
+        assert engine.info.max_seq_len == 64
+        (event,) = engine.generate([request("a", prompt_of(70), 5)])
+        assert event.finish is FinishReason.ERROR
+
+
+def test_a_broken_model_with_nan_scores_ends_its_requests_and_no_other():
+    good = [t if t != 5 else 6 for t in prompt_of(90)]
+    bad = [*good[:20], 5, *good[21:]]
+    tensors = {name: tensor.clone() for name, tensor in TENSORS.items()}
+    with open_small(MODEL, tensors, H2O) as engine:
+        engine._runner.weights.embedding[5] = torch.nan
+        expected = run(engine, request("good", good, 30))["good"]
+        events = list(engine.generate([request("bad", bad, 30), request("good", good, 30)]))
+        engine.check()
+    assert [e.finish for e in events if e.request_id == "bad"] == [FinishReason.ERROR]
+    assert [e.token_id for e in events if e.request_id == "good"] == expected
