@@ -32,6 +32,7 @@ def command(
     writes it as Markdown, HTML and JSON. What an earlier run finished is kept. An engine that cannot be built here is
     left out, and the report says why.
     """
+    from trtkit.audit.records import check_result
     from trtkit.cli.demo_run import DemoSettings, run_demo
     from trtkit.plan.prices import load_prices
     from trtkit.report.write import render
@@ -43,6 +44,7 @@ def command(
             protocol=protocol,
             prices=load_prices(prices),
             again=force,
+            judge=check_result,
             progress=progress,
             note=lambda text: note(text, as_json=as_json),
         )
