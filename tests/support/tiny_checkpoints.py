@@ -43,17 +43,21 @@ def write_config(directory: Path, **changes: Any) -> None:
     (directory / "config.json").write_text(json.dumps({**CONFIG, **changes}), encoding="utf-8")
 
 
-def random_tensors(directory: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+def random_tensors(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, spread: float = 0.1
+) -> dict[str, torch.Tensor]:
     """Every tensor the directory's config asks for."""
     generator = torch.Generator().manual_seed(7)
     shapes = source_shapes(load_model_spec(directory))
-    return {name: (torch.randn(shape, generator=generator) * 0.1).to(dtype) for name, shape in shapes.items()}
+    return {name: (torch.randn(shape, generator=generator) * spread).to(dtype) for name, shape in shapes.items()}
 
 
-def write_model(directory: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> dict[str, torch.Tensor]:
-    """A complete single-file checkpoint; returns its tensors."""
+def write_model(
+    directory: Path, dtype: torch.dtype = torch.bfloat16, *, spread: float = 0.1, **changes: Any
+) -> dict[str, torch.Tensor]:
+    """A complete single-file checkpoint; returns its tensors. `spread` is the weights' standard deviation."""
     write_config(directory, **changes)
-    tensors = random_tensors(directory, dtype)
+    tensors = random_tensors(directory, dtype, spread)
     save_file(tensors, directory / "model.safetensors")
     return tensors
 

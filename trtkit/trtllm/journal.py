@@ -31,6 +31,7 @@ class Journal:
         with output_errors(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._mutex = threading.Lock()
+        self.finished: frozenset[int] = frozenset()
         self._title = f"{plan_digest} {_boot_id()}"
         *lines, _torn = self.path.read_text(encoding="ascii", errors="replace").split("\n")
         if lines and lines[0] == self._title:
@@ -40,7 +41,7 @@ class Journal:
 
     def restart(self) -> None:
         """Forget what was finished."""
-        self.finished: frozenset[int] = frozenset()
+        self.finished = frozenset()
         with output_errors(self.path):
             os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, f"{self._title}\n".encode("ascii"))

@@ -305,7 +305,7 @@ def test_force_never_replaces_what_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """Stands for a kill after some pieces."""
 
 
@@ -317,7 +317,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[str]:
     def move(self: PieceWorker, piece: object) -> None:
         with mutex:
             if len(moved) >= count:
-                raise Stop
+                raise StoppedError
             moved.append(piece.source)  # type: ignore[attr-defined]
         real(self, piece)  # type: ignore[arg-type]
 
@@ -332,7 +332,7 @@ def test_an_interrupted_conversion_continues_without_redoing_pieces(
     whole = convert(tmp_path / "m", tmp_path / "whole", quant=INT8)
     with monkeypatch.context() as patch:
         stop_after(patch, 10)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             convert(tmp_path / "m", tmp_path / "out", quant=INT8)
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
@@ -349,7 +349,7 @@ def test_pieces_of_another_plan_are_not_kept(tmp_path: Path, monkeypatch: pytest
     write_model(tmp_path / "m")
     with monkeypatch.context() as patch:
         stop_after(patch, 10)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             convert(tmp_path / "m", tmp_path / "out", quant=FP16)
     if change == "source":
         write_model(tmp_path / "m", dtype=torch.float32)

@@ -1,0 +1,213 @@
+"""Building embedded engines: the plan from recipe and options, the fit, the bundle, verification, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny_checkpoints import write_model
+
+from trtkit.backends import build as build_module
+from trtkit.backends import verify as verify_module
+from trtkit.backends.build import build_engine
+from trtkit.backends.fit import check_fit, sizes
+from trtkit.backends.outline import outline, render
+from trtkit.backends.recipe import BuildOptions, engine_name, load_recipe, make_plan, parse_bytes
+from trtkit.spec.bundle import open_bundle
+from trtkit.spec.catalog import model_preset
+from trtkit.spec.errors import CapacityError, InputError, MissingDependencyError, OutputError, UsageError
+from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.plan import BuildPlan, Limits, Parallelism
+from trtkit.spec.quant import quant_for
+
+RECIPES = Path(__file__).parents[3] / "builds" / "recipes"
+
+
+def no_verification(*_: object) -> dict[str, float]:
+    return {}
+
+
+def plan_of(directory: Path, **options: object) -> BuildPlan:
+    return make_plan(BuildOptions(model=str(directory), **options))[0]  # type: ignore[arg-type]
+
+
+def big_plan(**changes: object) -> BuildPlan:
+    base = BuildPlan(
+        name="big", model=model_preset("llama-3-70b"), model_source="x", gpu="h100-sxm", quant=quant_for("fp16"),
+        target="tensorrt",
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_gives_a_plan_that_fits(recipe: Path) -> None:
+    plan, _ = make_plan(load_recipe(str(recipe)), dry_run=True)
+    assert plan.name == recipe.stem
+    check_fit(plan)
+
+
+def test_options_win_over_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('model = "./m"\nprecision = "int8"\nmax_batch_size = 4\n')
+    write_model(tmp_path / "m")
+    given = BuildOptions(precision="fp16", kv_memory="1MiB")
+    plan, _ = make_plan(given.over(load_recipe(str(tmp_path / "r.toml"))))
+    assert (plan.name, plan.quant.precision, plan.limits.max_batch_size) == ("r", "fp16", 4)
+    assert (plan.limits.kv_memory_bytes, plan.limits.max_seq_len) == (1 << 20, 128)
+
+
+def test_an_unknown_recipe_key_is_named(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('modle = "x"\n')
+    with pytest.raises(InputError, match="modle"):
+        load_recipe(str(tmp_path / "r.toml"))
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="tiny-int8-cpu"):
+        load_recipe("no-such-recipe")
+
+
+@pytest.mark.parametrize(
+    ("kv", "tp", "name"),
+    [
+        ("full", 1, "llama-int8-cpu"),
+        ("h2o:50%", 2, "llama-int8-cpu-tp2-h2o50"),
+        ("h2o:2048", 1, "llama-int8-cpu-h2o-b2048"),
+        ("h2o:50%,recent=8", 1, "llama-int8-cpu-h2o50-recent8"),
+    ],
+)
+def test_engines_are_named_after_what_decides_them(kv: str, tp: int, name: str) -> None:
+    assert engine_name("Llama", quant_for("int8"), "cpu", Parallelism(tp=tp), parse_kv_policy(kv)) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("12GiB", 12 << 30), ("1.5 MiB", 3 << 19), ("8GB", 8 * 10**9), ("7", 7)]
+)
+def test_sizes_with_units_are_read(text: str, expected: int) -> None:
+    assert parse_bytes(text, "kv_memory") == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "12 parsecs", "1e9"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="kv_memory"):
+        parse_bytes(text, "kv_memory")
+
+
+def test_a_context_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path / "m")
+    with pytest.raises(UsageError, match="at most 128"):
+        plan_of(tmp_path / "m", max_seq_len=129)
+
+
+def test_llama_3_70b_in_fp16_misses_one_h100_by_the_arithmetic() -> None:
+    found = sizes(big_plan())
+    assert found.weight_bytes == 70_553_706_496 * 2
+    assert found.kv_bytes_per_token == 327_680
+    with pytest.raises(CapacityError, match=r"54\.27 GiB too much; --precision int8 or --tp 2 would fit"):
+        check_fit(big_plan())
+
+
+def test_a_rank_holds_its_share_of_weights_and_heads() -> None:
+    found = sizes(big_plan(parallel=Parallelism(tp=2)))
+    assert (found.devices, found.kv_bytes_per_token) == (2, 163_840)
+    assert found.weight_bytes == pytest.approx(70_553_706_496, rel=1e-3)
+
+
+def test_a_context_that_would_fit_is_offered() -> None:
+    limits = Limits(max_seq_len=100_000)
+    with pytest.raises(CapacityError, match=r"--max-seq-len \d+ would fit"):
+        check_fit(big_plan(quant=quant_for("int8"), limits=limits))
+
+
+def test_a_pool_below_one_request_is_refused() -> None:
+    limits = Limits(max_seq_len=8192, kv_memory_bytes=1 << 20)
+    with pytest.raises(CapacityError, match="one request of 8192 tokens"):
+        check_fit(big_plan(quant=quant_for("int8"), limits=limits))
+
+
+def test_an_evicting_policy_needs_less_for_its_longest_request() -> None:
+    limits = Limits(max_seq_len=8192, max_num_tokens=1024)
+    full = sizes(big_plan(limits=limits))
+    evicting = sizes(big_plan(limits=limits, kv=parse_kv_policy("window:1024")))
+    assert (full.min_kv_tokens, evicting.min_kv_tokens) == (8192, 2048)
+
+
+def test_the_outline_names_sizes_and_steps() -> None:
+    text = render(outline(big_plan(parallel=Parallelism(tp=2)), Path("builds")))
+    assert [w for w in ("65.71 GiB", "rank1.safetensors", "big.engine", "70,553,706,496") if w not in text] == []
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "pytorch"])
+def test_targets_without_tensorrt_llm_are_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr(build_module, "BUILDERS", {"embedded": build_module.BUILDERS["embedded"]})
+    write_model(tmp_path / "m")
+    with pytest.raises(MissingDependencyError, match="TensorRT-LLM"):
+        plan_of(tmp_path / "m", target=target)
+
+
+def test_a_bundle_has_everything_and_its_hashes_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "verify", no_verification)
+    write_model(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    plan = plan_of(tmp_path / "m", precision="int8", tp=2)
+    built = build_engine(plan, tmp_path / "m", tmp_path / "builds")
+    bundle = open_bundle(built.path, check_hashes=True)
+    assert bundle.manifest.plan == plan
+    assert sorted(bundle.manifest.files) == [
+        "checkpoint/config.json", "checkpoint/rank0.safetensors", "checkpoint/rank1.safetensors",
+        "tokenizer/config.json", "tokenizer/tokenizer.json",
+    ]  # fmt: skip
+    assert [path.name for path in (tmp_path / "builds").iterdir()] == ["m-int8-cpu-tp2.engine"]
+
+
+def test_a_build_interrupted_after_conversion_does_not_convert_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    write_model(tmp_path / "m")
+    plan = plan_of(tmp_path / "m")
+    monkeypatch.setattr(verify_module, "verify", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(plan, tmp_path / "m", tmp_path / "builds")
+    assert not (tmp_path / "builds" / f"{plan.name}.engine").exists()
+    monkeypatch.setattr(verify_module, "verify", no_verification)
+    monkeypatch.setattr("trtkit.trtllm.convert.convert", killed)
+    assert "convert" not in build_engine(plan, tmp_path / "m", tmp_path / "builds").manifest.phases_s
+
+
+def test_what_another_plan_left_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    write_model(tmp_path / "m")
+    monkeypatch.setattr(verify_module, "verify", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(plan_of(tmp_path / "m", name="x", precision="fp32"), tmp_path / "m", tmp_path)
+    monkeypatch.setattr(verify_module, "verify", no_verification)
+    bundle = build_engine(plan_of(tmp_path / "m", name="x", precision="fp16"), tmp_path / "m", tmp_path)
+    assert json.loads((bundle.checkpoint_dir / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_a_partial_directory_that_is_not_a_builds_is_left_alone(tmp_path: Path) -> None:
+    write_model(tmp_path / "m")
+    (tmp_path / "x.engine.partial").mkdir()
+    (tmp_path / "x.engine.partial" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="move them away"):
+        build_engine(plan_of(tmp_path / "m", name="x"), tmp_path / "m", tmp_path)
+    assert (tmp_path / "x.engine.partial" / "thesis.txt").exists()
+
+
+def test_an_existing_engine_is_kept_without_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "verify", no_verification)
+    write_model(tmp_path / "m")
+    plan = plan_of(tmp_path / "m")
+    first = build_engine(plan, tmp_path / "m", tmp_path)
+    with pytest.raises(OutputError, match="--force"):
+        build_engine(plan, tmp_path / "m", tmp_path)
+    again = build_engine(plan, tmp_path / "m", tmp_path, force=True)
+    assert again.manifest.files == first.manifest.files
