@@ -20,7 +20,7 @@ from trtkit.benchmark.machine import best_of, measured_limits, remeasured_limits
 from trtkit.benchmark.memory import UNKNOWN_MEMORY, PeakSampler, gauge_for, nvml_baseline, split
 from trtkit.benchmark.metrics import compute_metrics
 from trtkit.benchmark.prompts import PromptSet, build_prompts
-from trtkit.benchmark.shares import shares
+from trtkit.benchmark.shares import lowered_kv, shares
 from trtkit.benchmark.targets import Target
 from trtkit.spec.codec import write_record
 from trtkit.spec.engine import Engine, Request
@@ -270,7 +270,7 @@ def assemble(cell: Cell, repeats: tuple[Repeat, ...], environment: Environment, 
         memory=UNKNOWN_MEMORY,
         repeats=repeats,
         environment=environment,
-        checks=bookkeeping_checks(repeats, cell.workload, plan.kv),
+        checks=bookkeeping_checks(repeats, cell.workload, lowered_kv(plan)),
         shares=shares(plan, cell.workload, metrics, environment.machine_limits, requests_peak=peak or None),
     )
 

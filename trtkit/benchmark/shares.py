@@ -7,7 +7,7 @@ modeled. 1.0 is the limit; nothing may exceed it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
 from trtkit.spec.dtype import DType
@@ -37,7 +37,7 @@ def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], b
     A decode step needs the longer of reading (weights once, every cache once) and multiplying.
     """
     flops = multiply_limit(plan, limits)
-    context = mean_context(plan.kv.resolved(plan.limits.max_seq_len), workload)
+    context = mean_context(plan, workload)
     step_bytes = decode_step_bytes(plan.model, plan.quant, [context] * batch)
     reading = read_limit(limits, step_bytes)
     if flops is None or reading is None or workload.isl == 0:
@@ -61,12 +61,18 @@ def multiply_limit(plan: BuildPlan, limits: Mapping[str, Measured]) -> Measured 
     return max(rates, key=lambda rate: rate.value, default=None)
 
 
-def mean_context(kv: KVPolicySpec, workload: Workload) -> float:
-    """Cached tokens a decode step sees, averaged over the output; at most the policy's budget."""
+def lowered_kv(plan: BuildPlan) -> KVPolicySpec:
+    """The policy in tokens, as an engine takes it: a share of its max_seq_len, an open interval of one block."""
+    if plan.kv.is_full:
+        return plan.kv
+    resolved = plan.kv.resolved(plan.limits.max_seq_len)
+    return replace(resolved, interval=resolved.interval or plan.limits.tokens_per_block)
+
+
+def mean_context(plan: BuildPlan, workload: Workload) -> float:
+    """Cached tokens a decode step sees, averaged over the output; a policy may keep no more than its budget."""
     context = workload.isl + (workload.osl - 1) / 2
-    if kv.is_full:
-        return context
-    budget = kv.resolved(workload.isl + workload.osl).budget
+    budget = lowered_kv(plan).budget
     return context if budget is None else min(context, budget)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+from trtkit.audit.records import check_result
 from trtkit.backends.recipe import parse_bytes
 from trtkit.benchmark.cells import load_title, plan_cells
 from trtkit.benchmark.compat import vllm_view
@@ -62,6 +63,7 @@ def run(flags: BenchFlags) -> None:
     with progress_bars(quiet=flags.as_json) as progress:
         settings = Settings(
             output_dir=output_dir,
+            judge=check_result,
             progress=progress,
             note=lambda text: note(text, as_json=flags.as_json),
         )

@@ -180,9 +180,9 @@ def test_tokens_that_are_missing_make_a_result_invalid(tmp_path: Path) -> None:
 
 def test_a_policy_given_at_run_time_is_in_the_record_and_must_have_acted(tmp_path: Path) -> None:
     settings = Settings(output_dir=tmp_path / "out", opener=OPENER, limits=no_limits)
-    target = open_targets([bundle(tmp_path)], {"kv": parse_kv_policy("h2o:8")})
+    target = open_targets([bundle(tmp_path)], {"kv": parse_kv_policy("h2o:8,interval=4")})
     (result,) = run_bench(target, protocol(), settings).results
-    assert result.engine.plan.kv.label == "h2o:budget=8"
+    assert result.engine.plan.kv.label == "h2o:budget=8,interval=4"
     assert not result.valid
     assert [c.name for c in result.checks if c.status == "fail"] == ["kv_policy_acted"]
 

@@ -7,10 +7,10 @@ from support.fake_engine import tiny_model
 from support.samples import repeat, sample
 
 from trtkit.benchmark.metrics import compute_metrics
-from trtkit.benchmark.shares import floor, mean_context, multiply_limit, shares
+from trtkit.benchmark.shares import floor, lowered_kv, mean_context, multiply_limit, shares
 from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
 from trtkit.spec.dtype import DType
-from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
+from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
 from trtkit.spec.plan import BuildPlan, Limits
@@ -67,10 +67,12 @@ def test_the_batch_is_what_the_engine_really_ran() -> None:
 
 def test_an_evicting_policy_reads_at_most_its_budget() -> None:
     load = Workload(isl=100, osl=21, num_requests=1)
-    assert mean_context(KVPolicySpec(), load) == 110
-    assert mean_context(parse_kv_policy("h2o:32"), load) == 32
-    assert mean_context(parse_kv_policy("h2o:400"), load) == 110
-    assert mean_context(parse_kv_policy("h2o:50%"), load) == 60
+
+    def kept(policy: str) -> float:
+        limits = Limits(max_seq_len=160, tokens_per_block=16)
+        return mean_context(replace(PLAN, kv=parse_kv_policy(policy), limits=limits), load)
+
+    assert [kept(policy) for policy in ("full", "h2o:32", "h2o:400", "h2o:50%")] == [110, 32, 110, 80]
 
 
 def test_an_open_loop_has_no_known_step() -> None:
@@ -93,3 +95,11 @@ def test_below_32_bits_the_fastest_measured_type_bounds_the_products() -> None:
     for precision in ("fp16", "int8"):
         assert multiply_limit(replace(PLAN, quant=quant_for(precision)), rates).value == 9
     assert multiply_limit(PLAN, {}) is None
+
+
+def test_a_share_of_the_cache_is_taken_of_the_engines_longest_sequence_as_the_engine_does() -> None:
+    plan = replace(PLAN, limits=Limits(max_seq_len=160, tokens_per_block=16))
+    lowered = lowered_kv(replace(plan, kv=parse_kv_policy("h2o:50%")))
+    assert (lowered.budget, lowered.interval) == (80, 16)
+    assert lowered_kv(replace(plan, kv=parse_kv_policy("h2o:8,interval=4"))).interval == 4
+    assert lowered_kv(plan).is_full
