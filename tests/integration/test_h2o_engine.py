@@ -554,7 +554,7 @@ def test_what_cannot_be_carried_out_is_refused_at_open_and_per_request_alike(kv,
 
 @pytest.mark.parametrize("kv", ["h2o:0", "h2o:-5", "h2o:101%", "h2o:0%", "h2o:10,sinks=6,recent=6", "h2o:9,interval=0"])
 def test_budgets_that_cannot_be_are_refused_where_they_are_read(kv):
-    with pytest.raises(UsageError, match="must be|below sinks"):
+    with pytest.raises(UsageError, match=r"must be|below sinks"):
         parse_kv_policy(kv)
 
 
