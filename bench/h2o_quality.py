@@ -39,7 +39,7 @@ from trtkit.engine import runner as engine_runner
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_checkpoint
 from trtkit.quality.heldout import HeldoutRules, read_windows
-from trtkit.spec.codec import write_record
+from trtkit.spec.codec import read_record, write_record
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import Limits
 from trtkit.spec.quant import quant_for
@@ -245,6 +245,22 @@ def plot(record: QualityRecord, path: Path) -> None:
     plt.close(figure)
 
 
+def markdown(record: QualityRecord) -> str:
+    """The record as the tables of docs/h2o.md."""
+    lines = []
+    for task in dict.fromkeys(c.task for c in record.cells):
+        cells = [c for c in record.cells if c.task == task]
+        columns = sorted({(c.budget, c.interval) for c in cells if c.policy != "full"})
+        full = [c for c in cells if c.policy == "full"]
+        lines += ["", f"**{task}**" + (f" (full cache: {full[0].value:.3f})" if full else ""), ""]
+        lines += ["| policy | " + " | ".join(f"{b}, every {i}" for b, i in columns) + " |"]
+        lines += ["|---|" + "---|" * len(columns)]
+        for policy in dict.fromkeys(c.policy for c in cells if c.policy != "full"):
+            found = {(c.budget, c.interval): f"{c.value:.3f}" for c in cells if c.policy == policy}
+            lines.append(f"| {policy} | " + " | ".join(found.get(column, "") for column in columns) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Train, measure, write."""
     stamp = datetime.now(timezone.utc).strftime("%Y%m")
@@ -255,8 +271,14 @@ def main() -> None:
     parser.add_argument("--train-limit-s", type=float, default=900)
     parser.add_argument("--model", type=Path, default=ROOT / "bench" / "tiny_model" / "model")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / f"h2o-quality-{stamp}.json")
+    parser.add_argument("--render", type=Path, help="Only draw the plot and print the tables of this record.")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "h2o-quality.svg")
     args = parser.parse_args()
+    if args.render is not None:
+        record = read_record(args.render, KIND, QualityRecord)
+        plot(record, args.plot)
+        print(markdown(record))
+        return
     torch.set_num_threads(args.threads)
     started = time.monotonic()
     recall = train(RECALL_STAGES, seed=args.seed, limit_s=args.train_limit_s)
@@ -275,6 +297,7 @@ def main() -> None:
     )
     write_record(args.output, KIND, record)
     plot(record, args.plot)
+    print(markdown(record))
     print(f"{args.output} and {args.plot} in {time.monotonic() - started:.0f} s")
 
 
