@@ -1,6 +1,6 @@
 """Fit the planner's constants to published measurements and write `trtkit/plan/calibration.json`.
 
-    python bench/calibrate.py [--facts ../shared/facts] [--check]
+    OMP_NUM_THREADS=1 python bench/calibrate.py [--facts ../shared/facts] [--check]
 
 Reads perf-truth.csv, op-70b-gemm-sums.csv and aiconfigurator-estimates.csv from the facts directory; none of their
 rows is copied into the project. Prints the error on whole configurations (stack, GPU, precision, ranks, lengths) left

@@ -77,10 +77,14 @@ class Calibration:
         family = scenario.precision.family
         key = f"{scenario.gpu.name}/{family}"
         if family is None or key not in self.groups:
-            known = ", ".join(sorted(self.groups))
+            families = sorted(
+                name.partition("/")[2] for name in self.groups if name.startswith(f"{scenario.gpu.name}/")
+            )
+            gpus = sorted({name.partition("/")[0] for name in self.groups})
+            known = f"on it: {', '.join(families)}" if families else f"GPUs: {', '.join(gpus)}"
             raise UnsupportedError(
                 f"no measurements of {scenario.precision.name} on {scenario.gpu.name}: only the floor is known "
-                f"(calibrated: {known})"
+                f"(calibrated {known})"
             )
         if scenario.stack not in self.serving:
             raise UnsupportedError(
@@ -110,6 +114,7 @@ class Calibration:
         return ErrorBand(median=2 * band.median, p90=2 * band.p90, rows=band.rows)
 
 
+@cache
 def version_number(text: str) -> tuple[int, int]:
     """(major, minor) of the first release number in a text; (0, 0) without one."""
     found = re.search(r"(\d+)\.(\d+)", text)

@@ -98,8 +98,9 @@ def tpot_floor_s(scenario: Scenario) -> float:
     running = scenario.concurrency or 1
     if not scenario.static:
         running = max(1, min(running, int(max_sequences(scenario))))
-    contexts = [scenario.cached_context] * running
-    step_bytes = work.decode_step_bytes(scenario.model, scenario.precision.quant, contexts)
+    quant = scenario.precision.quant
+    cache = running * work.kv_read_bytes(scenario.model, quant, [scenario.cached_context])
+    step_bytes = work.weight_read_bytes(scenario.model, quant) + cache
     return max(step_bytes / bandwidth_bytes_s(scenario), running * decode_flops_s_per_token(scenario))
 
 

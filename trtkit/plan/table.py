@@ -69,7 +69,17 @@ def forecast_rows(
     found = answers([row.scenario for _, row in possible], constants) if possible else []
     for (index, row), answer in zip(possible, found, strict=True):
         cells[index] = row_cells(row, answer, constants)
-    return [{**row, **added} for row, added in zip(rows, cells, strict=True)]
+    return [{**kept_cells(row), **added} for row, added in zip(rows, cells, strict=True)]
+
+
+def kept_name(column: str) -> str:
+    """An input column's name in the output: its own, unless an added column has it (`source` becomes `row_source`)."""
+    return f"row_{column}" if column in ADDED else column
+
+
+def kept_cells(row: dict[str, str]) -> dict[str, str]:
+    """The input's cells under their names in the output."""
+    return {kept_name(column): cell for column, cell in row.items()}
 
 
 def row_cells(row: TableRow, answer: Answer, constants: Calibration) -> dict[str, str]:
@@ -133,7 +143,7 @@ def _memory(row: TableRow, constants: Calibration) -> tuple[float, Measured]:
 def table_text(header: Sequence[str], rows: Sequence[dict[str, str]]) -> str:
     """CSV with the input's columns first, then `ADDED`."""
     out = io.StringIO()
-    columns = [name for name in header if name not in ADDED] + list(ADDED)
+    columns = [kept_name(name) for name in header] + list(ADDED)
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
