@@ -1,8 +1,8 @@
 """Write the shipped local tasks: `mini_mmlu` (letters, as MMLU) and `mini_recall` (answers that stand in the prompt).
 
 Run `python bench/tasks/make_tasks.py`; the same seed gives the same files. Everything is generated here, so there is
-no licence to mind and no hub to reach. `mini_recall` needs the KV cache: the answer is a value that an earlier line of
-the same prompt assigned, so an engine that drops the wrong tokens loses it.
+no licence to mind and no hub to reach. `mini_recall` needs the KV cache: the answer is a name that an earlier line of
+the same prompt used and the other choices are names that were not, so an engine that drops the wrong tokens loses it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def length(rng: np.random.Generator) -> Question:
 
 def ordering(rng: np.random.Generator) -> Question:
     words = pick(rng, 4)
-    choices, answer = place(rng, min(words), sorted(words)[1:])
+    choices, answer = place(rng, min(words), list(sorted(words)[1:]))
     return f"Which of the words {', '.join(words)} comes first in the alphabet?", choices, answer
 
 
@@ -94,33 +94,39 @@ def comparison(rng: np.random.Generator) -> Question:
     return f"Which is the largest of {', '.join(map(str, values))}?", choices, answer
 
 
-def assignments(rng: np.random.Generator, lines: int) -> tuple[str, Question]:
-    """Assignments in a random order, one of them asked for again."""
-    names = pick(rng, lines)
-    values = [str(v) for v in rng.choice(np.arange(100, 1000), size=lines, replace=False)]
-    asked = int(rng.integers(lines))
-    text = "\n".join(f"self.{n} = {v}" for n, v in zip(names, values, strict=True))
-    wrong: list[object] = [v for i, v in enumerate(values) if i != asked]
-    choices, answer = place(rng, values[asked], [wrong[int(i)] for i in rng.permutation(len(wrong))])
-    return text, (f"{text}\nself.{names[asked]} =", choices, answer)
+def attribute(rng: np.random.Generator, filler: int) -> Question:
+    """A class that keeps one attribute, unrelated lines, then the attribute again; the wrong choices never occurred."""
+    word, *wrong = pick(rng, 4)
+    lines = [f"        total = total + {int(v)}" for v in rng.integers(1, 100, filler)]
+    text = (
+        f"class Box:\n    def __init__(self, {word}):\n        self.{word} = {word}\n\n"
+        "    def run(self):\n        total = 0\n" + "".join(f"{line}\n" for line in lines) + "        return self."
+    )
+    choices, answer = place(rng, word, list(wrong))
+    return text, choices, answer
 
 
-def recall_short(rng: np.random.Generator) -> Question:
-    return assignments(rng, 5)[1]
+def attribute_near(rng: np.random.Generator) -> Question:
+    return attribute(rng, 1)
 
 
-def recall_long(rng: np.random.Generator) -> Question:
-    return assignments(rng, 10)[1]
+def attribute_far(rng: np.random.Generator) -> Question:
+    return attribute(rng, 8)
 
 
 GROUPS: dict[str, tuple[dict[str, object], dict[str, Callable[[np.random.Generator], Question]]]] = {
     "mini_mmlu": (
-        {"style": "letters", "shots": 5, "description": "The following are multiple choice questions (with answers)."},
+        {
+            "style": "letters",
+            "shots": 5,
+            "space": True,
+            "description": "The following are multiple choice questions (with answers).",
+        },
         {f.__name__: f for f in (addition, length, ordering, indexing, membership, comparison)},
     ),
     "mini_recall": (
-        {"style": "continuation", "shots": 2, "description": ""},
-        {f.__name__: f for f in (recall_short, recall_long)},
+        {"style": "continuation", "shots": 0, "space": False, "description": ""},
+        {f.__name__: f for f in (attribute_near, attribute_far)},
     ),
 }
 

@@ -14,7 +14,7 @@ Engines = Annotated[list[Path] | None, typer.Argument(help="Engine directories, 
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks or groups, comma separated, e.g. mmlu.")]
 TasksDir = Annotated[Path | None, typer.Option(help="Local tasks: groups of JSON Lines, or lm-eval YAML files.")]
 Shots = Annotated[int | None, typer.Option("--num-fewshot", help="Worked examples (default: the task's own).")]
-Limit = Annotated[int | None, typer.Option(help="Only the first N documents of every subject.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first N documents of every subject (with --text: N windows).")]
 After = Annotated[str, typer.Option("--evict-after", help="shots (query-agnostic) or question (query-aware).")]
 Truncated = Annotated[float, typer.Option("--max-truncated", help="Share of contexts that may be cut to fit.")]
 Chat = Annotated[bool, typer.Option("--apply-chat-template", help="Put tasks in the model's chat format.")]

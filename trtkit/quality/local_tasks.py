@@ -1,7 +1,7 @@
 """Local multiple-choice tasks without a hub: JSON Lines in, lm-eval task files out.
 
 `<dir>/<group>/group.json` holds `style` ("letters" as in MMLU, or "continuation": the choices themselves are scored),
-`shots` and `description`; beside it `<subject>.dev.jsonl` (the worked examples) and `<subject>.test.jsonl`, each line
+`shots`, `description` and `space` (whether a space stands between the prompt and a choice); beside it `<subject>.dev.jsonl` (the worked examples) and `<subject>.test.jsonl`, each line
 `{"question": ..., "choices": [...], "answer": index}`. lm-eval wants absolute paths in its task files, so they are
 written at run time. A directory may hold lm-eval task files of its own beside such groups.
 """
@@ -17,7 +17,7 @@ from trtkit.spec.errors import InputError
 
 STYLES = ("letters", "continuation")
 _LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
-_KEYS = {"style", "shots", "description"}
+_KEYS = {"style", "shots", "description", "space"}
 
 
 def prepare_tasks(directory: Path, output: Path) -> Path:
@@ -116,6 +116,7 @@ def _task(group: str, subject: str, settings: dict[str, Any], files: dict[str, P
         "doc_to_text": "{{question}}" + (listed + "\nAnswer:" if letters else ""),
         "doc_to_choice": list(_LETTERS[:choices]) if letters else "{{choices}}",
         "doc_to_target": "{{answer}}",
+        "target_delimiter": " " if letters or settings["space"] else "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1},
     }

@@ -56,6 +56,7 @@ def eval_request(  # noqa: PLR0913 - one parameter per option
         prompts=None if prompts is None else read_prompts(prompts),
         max_tokens=max_tokens,
         text=text,
+        text_windows=limit or 0,
         reference=reference,
         sheet=sheet,
         label=label,

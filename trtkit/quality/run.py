@@ -38,6 +38,7 @@ class EvalRequest:
     prompts: PromptSet | None = None
     max_tokens: int = 128
     text: Path | None = None
+    text_windows: int = 0
     reference: Path | None = None
     sheet: Path | None = None
     label: str = ""
@@ -178,7 +179,7 @@ def _one(
             run.engine, tokenizer, run.source, tasks, journal=run.scoring.journal, progress=run.scoring.progress
         )
     if request.text is not None:
-        records += _heldout(run, tokenizer, request.text)
+        records += _heldout(run, tokenizer, request.text, request.text_windows)
     if request.prompts is not None:
         answers = answer_prompts(run.engine, run.scoring, run.source, tokenizer, request.prompts, request.max_tokens)
         records += answers.records
@@ -191,9 +192,9 @@ def _one(
     return records
 
 
-def _heldout(run: OpenRun, tokenizer: Tokenizer, text: Path) -> list[QualityResult]:
+def _heldout(run: OpenRun, tokenizer: Tokenizer, text: Path, limit: int) -> list[QualityResult]:
     """Perplexity and next-token accuracy on a text; "shipped" is the project's own."""
-    rules = HeldoutRules()
+    rules = HeldoutRules(limit=limit)
     windows = read_windows(tokenizer, rules, None if str(text) == SHIPPED_TEXT else text)
     scores = score_heldout(
         run.scoring.scorer, run.scoring.info, windows, run.source, rules=rules, progress=run.scoring.progress

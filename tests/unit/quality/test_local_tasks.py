@@ -17,7 +17,7 @@ ROW = {"question": "Which?", "choices": ["a", "b", "c", "d"], "answer": 1}
 def group(tmp_path: Path, rows: list[object], settings: object = None) -> Path:
     folder = tmp_path / "source" / "g"
     folder.mkdir(parents=True)
-    settings = {"style": "letters", "shots": 1, "description": "d"} if settings is None else settings
+    settings = {"style": "letters", "shots": 1, "description": "d", "space": True} if settings is None else settings
     (folder / "group.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
     (folder / "s.test.jsonl").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
     return tmp_path / "source"
@@ -26,7 +26,7 @@ def group(tmp_path: Path, rows: list[object], settings: object = None) -> Path:
 def test_the_shipped_tasks_become_lm_eval_files_with_absolute_paths(tmp_path: Path) -> None:
     out = prepare_tasks(SHIPPED, tmp_path / "out")
     tasks = {path.stem: json.loads(path.read_text()) for path in out.glob("*.yaml")}
-    assert set(tasks) >= {"mini_mmlu", "mini_recall", "mini_mmlu_addition", "mini_recall_recall_long"}
+    assert set(tasks) >= {"mini_mmlu", "mini_recall", "mini_mmlu_addition", "mini_recall_attribute_far"}
     assert len(tasks["mini_mmlu"]["task"]) == 6
     for name, task in tasks.items():
         if "group" not in task:
@@ -71,8 +71,8 @@ def test_questions_with_different_numbers_of_choices_are_refused(tmp_path: Path)
     [
         ("{", "JSON expected"),
         ({"style": "letters"}, "exactly the keys"),
-        ({"style": "x", "shots": 1, "description": ""}, "style 'x' is unknown"),
-        ({"style": "letters", "shots": -1, "description": ""}, "shots is -1"),
+        ({"style": "x", "shots": 1, "description": "", "space": True}, "style 'x' is unknown"),
+        ({"style": "letters", "shots": -1, "description": "", "space": True}, "shots is -1"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path: Path, settings: object, message: str) -> None:
