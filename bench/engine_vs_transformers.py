@@ -24,6 +24,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def main() -> None:
     single = [make_request(rng, "single", SINGLE_PROMPT, SINGLE_OUTPUT)]
     lengths = zip(rng.integers(16, 257, NUM_MIXED), rng.integers(16, 129, NUM_MIXED), strict=True)
     mixed = [make_request(rng, str(i), int(p), int(o)) for i, (p, o) in enumerate(lengths)]
-    loads: dict[str, tuple[list[Request], dict[str, Callable[[list[Request]], object]]]] = {
+    loads: dict[str, tuple[list[Request], dict[str, Callable[[list[Request]], dict[str, list[int]]]]]] = {
         "batch 1": (single, {"trtkit": lambda r: run_ours(engine, r), "generate": lambda r: run_padded(hf, r)}),
         "mixed 32": (
             mixed,
@@ -197,24 +198,23 @@ def best_of(work: Callable[[], object], tries: int = 15) -> float:
 
 
 def measure(
-    name: str, requests: list[Request], runs: dict[str, Callable[[list[Request]], object]], rounds: int
+    name: str, requests: list[Request], runs: dict[str, Callable[[list[Request]], dict[str, list[int]]]], rounds: int
 ) -> dict[str, object]:
-    """Interleaved rounds after one warm-up each; the warm-up's tokens are compared."""
+    """Interleaved rounds, after a short warm-up of each; the first round's tokens are compared."""
     print(f"{name}: warming up", flush=True)
-    tokens = {runner: run(requests) for runner, run in runs.items()}
-    ours = tokens["trtkit"]
-    equal = {
-        runner: sum(theirs[key] == ours[key] for key in ours) / len(ours)
-        for runner, theirs in tokens.items()
-        if runner != "trtkit"
-    }
+    for run in runs.values():
+        run([replace(request, max_tokens=4) for request in requests[:2]])
     seconds: dict[str, list[float]] = {runner: [] for runner in runs}
+    tokens: dict[str, dict[str, list[int]]] = {}
     for index in range(rounds):
         for runner, run in runs.items():
             start = time.perf_counter()
-            run(requests)
+            out = run(requests)
             seconds[runner].append(time.perf_counter() - start)
-        print(f"{name}: round {index + 1} of {rounds}", flush=True)
+            tokens.setdefault(runner, out)
+            print(f"{name}: round {index + 1} of {rounds}, {runner} {seconds[runner][-1]:.1f} s", flush=True)
+    ours = tokens.pop("trtkit")
+    equal = {runner: sum(out[key] == ours[key] for key in ours) / len(ours) for runner, out in tokens.items()}
     useful = sum(request.max_tokens for request in requests)
     return {
         "requests": len(requests),

@@ -19,7 +19,7 @@ from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.sequence import Sequence
 
 _GROUP_OVERHEAD_BLOCKS = 12
-"""A further group costs about as much time as gathering this many more blocks (measured on a CPU)."""
+"""Padding that is accepted before a further group, with its own kernel launches in every layer, is opened (assumed)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -109,8 +109,9 @@ class EmbeddedEngine:
             yield from ScoringRun(self._runner, self._scheduler, self._policy).run(requests)
 
     def cancel(self, request_id: str) -> None:
-        """End a request at the next step, from any thread."""
-        self._cancelled.add(request_id)
+        """End a request at the next step, from any thread. Without a running `generate` there is nothing to end."""
+        if self._busy:
+            self._cancelled.add(request_id)
 
     def kv_stats(self) -> KVStats:
         """The block pool at this moment."""

@@ -129,10 +129,12 @@ def test_cancelling_ends_one_request_and_frees_its_blocks() -> None:
     assert engine.kv_stats().blocks_used == 0
 
 
-def test_cancelling_an_unknown_request_does_nothing() -> None:
+def test_cancelling_an_unknown_or_finished_request_does_nothing() -> None:
     engine = _engine()
     engine.cancel("ghost")
     assert len(_run(engine, _request())["a"]) == 6
+    engine.cancel("a")
+    assert len(_run(engine, _request())["a"]) == 6, "a cancel that came too late hit the next request of that name"
 
 
 def test_leaving_the_iterator_early_frees_everything() -> None:
