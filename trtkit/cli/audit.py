@@ -12,7 +12,7 @@ from trtkit.cli.common import JsonFlag, emit
 Option = typer.Option
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     path: Annotated[Path, typer.Argument(help="A record, a CSV or Markdown table of claims, or another tool's JSON.")],
     model: Annotated[str, Option(help="Fills empty model cells.")] = "",
     gpu: Annotated[str, Option(help="Fills empty GPU cells.")] = "",

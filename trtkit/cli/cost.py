@@ -12,7 +12,7 @@ from trtkit.cli.common import JsonFlag, emit
 Option = typer.Option
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     records: Annotated[list[Path] | None, typer.Argument(help="Benchmark records to price.")] = None,
     tps: Annotated[float | None, Option(help="Output tokens per second, instead of records.")] = None,
     tps_low: Annotated[float | None, Option(help="Lower end of its interval.")] = None,

@@ -12,7 +12,7 @@ from trtkit.cli.common import ForceFlag, JsonFlag
 Option = typer.Option
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     recipes: Annotated[list[str] | None, typer.Argument(help="Recipes: names or TOML files.")] = None,
     model: Annotated[str | None, Option("--model", "-m", help="Preset, hub id, or a directory.")] = None,
     gpu: Annotated[str | None, Option(help="GPU of the catalog; several with commas in a search.")] = None,

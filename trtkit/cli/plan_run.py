@@ -14,9 +14,10 @@ from trtkit.plan.ask import LoadPoint, PlanAnswer, ask, plan_text
 from trtkit.plan.cost_report import parse_tokens
 from trtkit.plan.memory import Placement
 from trtkit.plan.names import Precision, gpu_word, model_word, precision_from
+from trtkit.plan.options import Wanted
 from trtkit.plan.prices import load_prices
 from trtkit.plan.published import corrected, corrected_text
-from trtkit.plan.search import Wanted, search
+from trtkit.plan.search import search
 from trtkit.plan.search_text import pareto_plot, search_text
 from trtkit.plan.table import forecast_rows, read_rows, table_text
 from trtkit.spec.atomic import write_text

@@ -12,14 +12,15 @@ from pathlib import Path
 from trtkit.plan.ask import LoadPoint, scenario_at
 from trtkit.plan.cost import monthly_capacity
 from trtkit.plan.forecast import Answer, answers
+from trtkit.plan.levers import advice, levers
 from trtkit.plan.memory import Placement, plan_memory
 from trtkit.plan.names import Precision, precision_from
+from trtkit.plan.options import Option, Rejected, SearchResult, Wanted
 from trtkit.plan.prices import GpuPrice, PriceBook
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.gpu import GpuSpec
 from trtkit.spec.kv import parse_kv_policy
-from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits, Parallelism
 from trtkit.spec.units import HOURS_PER_MONTH, MILLION
 
@@ -34,82 +35,6 @@ RANKS = (1, 2, 4, 8)
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TAIL = 1.75
 """p99 over mean of TTFT under server load: MLPerf Llama 2 70B on 8xH100 and 8xH200, 1.67 and 1.82."""
-SMALL_TRAFFIC_PER_DAY = 1e6
-SMALL_MODEL_PARAMS = 8e9
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
-    """Traffic in output tokens a month, lengths, and limits (None is no limit)."""
-
-    model: ModelSpec
-    tokens_per_month: float
-    isl: int
-    osl: int
-    ttft_p99_ms: float | None = None
-    tpot_ms: float | None = None
-    max_mmlu_drop: float | None = None
-    gpus: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Option:
-    """One way to serve the traffic: `replicas` times `tp` GPUs, each replica at `concurrency` requests."""
-
-    gpu: str
-    tp: int
-    precision: str
-    kv: str
-    replicas: int
-    concurrency: int
-    usd_per_month: float
-    usd_per_million: float
-    tok_s: float
-    ttft_p99_ms: float
-    tpot_ms: float
-    mmlu_drop: float
-    utilisation: float
-    basis: str
-
-    @property
-    def num_gpus(self) -> int:
-        """Devices rented in all."""
-        return self.tp * self.replicas
-
-    @property
-    def label(self) -> str:
-        """`2 x h100-sxm, TP1, int8, full`."""
-        return f"{self.num_gpus} x {self.gpu}, TP{self.tp}, {self.precision}, KV {self.kv}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rejected:
-    """One way that does not serve, and why."""
-
-    label: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lever:
-    """What one step from the reference buys and costs."""
-
-    step: str
-    usd_per_month: float | None
-    saving: float | None
-    tok_s_gain: float | None
-    mmlu_points: float
-    note: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchResult:
-    """Options by cost, cheapest first; what was rejected; the levers; and what to heed."""
-
-    options: tuple[Option, ...]
-    rejected: tuple[Rejected, ...]
-    levers: tuple[Lever, ...]
-    advice: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,8 +88,8 @@ def search(wanted: Wanted, book: PriceBook) -> SearchResult:
     return SearchResult(
         options=tuple(options),
         rejected=tuple(rejected),
-        levers=tuple(_levers(options)),
-        advice=tuple(_advice(wanted, options)),
+        levers=tuple(levers(options)),
+        advice=tuple(advice(wanted, options)),
     )
 
 
@@ -261,66 +186,6 @@ def _option(wanted: Wanted, candidate: _Candidate, concurrency: int, answer: Ans
         utilisation=wanted.tokens_per_month / (monthly_capacity(tok_s) * replicas),
         basis=answer.forecast.tok_s.note,
     )
-
-
-def _levers(options: Sequence[Option]) -> list[Lever]:
-    """Each step from the cheapest plain 16-bit option, holding the rest, then all together."""
-    plain = [option for option in options if option.precision == "fp16" and option.kv == "full"]
-    if not plain:
-        return []
-    base = plain[0]
-
-    def on(same_gpu: bool, precision: str | None, kv: str | None) -> Option | None:
-        fitting = (
-            o
-            for o in options
-            if (o.gpu == base.gpu) == same_gpu
-            and (precision is None or o.precision == precision)
-            and (kv is None or o.kv == kv)
-        )
-        return next(fitting, None)
-
-    steps = [
-        (f"reference: {base.label}", base, "16-bit weights, whole cache"),
-        ("INT8 weights", on(True, "int8", "full"), "half the weight bytes; prefill stays at the 16-bit rate"),
-        ("H2O, 50% of the cache", on(True, "fp16", "h2o:50%"), "frees cache for more requests; gains nothing at one"),
-        ("INT8 and H2O 50%", on(True, "int8", "h2o:50%"), "both"),
-        ("another GPU, 16 bit", on(False, "fp16", "full"), "right-sizing"),
-        ("another GPU, FP8", on(False, "fp8", "full"), "half the bytes and twice the operations; Hopper and later"),
-        ("cheapest of all", options[0], options[0].label),
-    ]
-    return [_lever(name, option, base, text) for name, option, text in steps]
-
-
-def _lever(name: str, option: Option | None, base: Option, note: str) -> Lever:
-    if option is None:
-        return Lever(step=name, usd_per_month=None, saving=None, tok_s_gain=None, mmlu_points=0.0, note="not possible")
-    return Lever(
-        step=name,
-        usd_per_month=option.usd_per_month,
-        saving=1 - option.usd_per_month / base.usd_per_month,
-        tok_s_gain=option.tok_s / option.num_gpus * option.replicas / (base.tok_s / base.num_gpus * base.replicas),
-        mmlu_points=option.mmlu_drop,
-        note=note if option is base else f"{note} ({option.label})",
-    )
-
-
-def _advice(wanted: Wanted, options: Sequence[Option]) -> list[str]:
-    advice = []
-    per_day = wanted.tokens_per_month / 30
-    if per_day < SMALL_TRAFFIC_PER_DAY:
-        advice.append(f"{per_day:,.0f} tokens a day is under 1M: an API is likely cheaper than any machine of your own")
-    if wanted.model.num_params < SMALL_MODEL_PARAMS:
-        advice.append("a model this small: tune batching before precision or KV budgets")
-    if options and options[0].utilisation < 0.3:
-        advice.append(
-            f"the cheapest option would be busy {options[0].utilisation:.0%} of the month: capacity is not the problem"
-        )
-    if options and options[0].mmlu_drop > 0:
-        advice.append("the quality losses are published averages; run `trtkit gate` on your own eval before shipping")
-    if not options:
-        advice.append("nothing keeps every limit; the rejected list says which limit each one missed")
-    return advice
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:

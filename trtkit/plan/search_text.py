@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from trtkit.plan.search import SearchResult, pareto
+from trtkit.plan.options import SearchResult
+from trtkit.plan.search import pareto
 from trtkit.spec.atomic import replacing
 from trtkit.spec.errors import MissingDependencyError
 

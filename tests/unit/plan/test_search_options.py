@@ -2,8 +2,9 @@ import itertools
 
 import pytest
 
+from trtkit.plan.options import Wanted
 from trtkit.plan.prices import load_prices
-from trtkit.plan.search import Wanted, mmlu_drop, pareto, search
+from trtkit.plan.search import mmlu_drop, pareto, search
 from trtkit.plan.search_text import pareto_plot, search_text
 from trtkit.spec.catalog import model_preset
 
