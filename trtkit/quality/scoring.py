@@ -198,5 +198,7 @@ class ContinuationScorer:
         """Add one stored result's evictions; it "acted" if a piece was longer than the budget before the score."""
         self.counts.evictions += value["evictions"]
         self.counts.tokens_evicted += value["tokens_evicted"]
-        budget = self.info.kv_policy.budget or 0
+        # Engines take a share of max_seq_len; a piece within the budget is never evicted before what follows is read.
+        policy = self.info.kv_policy
+        budget = 0 if policy.is_full else policy.resolved(self.info.max_seq_len).budget or 0
         self.counts.acted += value["evictions"] > 0 and any(end > budget for end in request.chunk_ends)

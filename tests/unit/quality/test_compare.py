@@ -120,6 +120,25 @@ def test_subjects_are_corrected_together() -> None:
     assert {groups[f"g{i}"] for i in (1, 2, 3)} == {Verdict.UNDECIDED}
 
 
+def test_a_subject_that_looks_worse_among_many_by_luck_is_not_called_worse() -> None:
+    """Six lost and none won is p = 0.03 alone; among twenty subjects it is nothing."""
+    a = [1.0] * 400
+    b = [0.0 if i % 20 == 0 and i < 120 else 1.0 for i in range(400)]
+    sides = [
+        side(
+            n,
+            replace(
+                quality(n, v),
+                documents=tuple(replace(d, group=f"s{i % 20}") for i, d in enumerate(quality(n, v).documents)),
+            ),
+        )
+        for n, v in (("fp32", a), ("int8", b))
+    ]
+    groups = {g.group: g for g in compare_sides(sides)[0].quality[0].groups}
+    assert groups["s0"].adjusted_p == pytest.approx(min(1.0, 20 * 2 / 2**6))
+    assert groups["s0"].verdict is not Verdict.WORSE
+
+
 def test_documents_are_paired_by_identity_not_by_position() -> None:
     scores = [float(i % 2) for i in range(40)]
     a = quality("fp32", scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_a_context_within_the_budget_does_not_count_as_acted_on() -> None:
     scorer = scorer_of(engine)
     scorer.score(items())
     assert (scorer.counts.acted, scorer.counts.contexts) == (0, 3)
+
+
+class EvictsAtTheEnd(BigramEngine):
+    """Counts an eviction after the whole context, which is too late for the first token's score."""
+
+    def score(self, requests):  # type: ignore[no-untyped-def]
+        for result in super().score(requests):
+            yield replace(result, evictions=1, tokens_evicted=4)
+
+
+@pytest.mark.parametrize("budget", [{"budget": 30}, {"budget_fraction": 0.5}])
+def test_an_eviction_after_the_last_piece_does_not_count_as_acted(budget: dict[str, float]) -> None:
+    """The shots are 20 tokens, the context 40, the budget 30 (or half of a max_seq_len of 60)."""
+    engine = EvictsAtTheEnd(kv=KVPolicySpec(kind="window", **budget), max_seq_len=60)  # type: ignore[arg-type]
+    scorer = scorer_of(engine)
+    scorer.score(items())
+    assert (scorer.counts.evictions, scorer.counts.acted) == (3, 0)
 
 
 def test_a_context_that_does_not_fit_is_refused_by_default() -> None:
