@@ -34,7 +34,7 @@ from trtkit.spec.result import Environment
 
 ROOT = Path(__file__).resolve().parents[1]
 KIND = "h2o-cost"
-BLOCK = 32
+BLOCK = 16
 MODEL = ModelSpec(
     name="random-llama-9m",
     architecture="LlamaForCausalLM",
@@ -71,9 +71,11 @@ class StepTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Pressure:
-    """Requests in one fixed pool. `in_flight` is the mean over steps, once the first finished. Measured."""
+    """Requests of `prompt` and `output` tokens in one fixed pool; `in_flight` is the mean while others wait. Measured."""
 
     kv: str
+    prompt: int
+    output: int
     pool_blocks: int
     in_flight: float
     in_flight_peak: int
@@ -85,7 +87,7 @@ class Pressure:
 
 @dataclass(frozen=True, kw_only=True)
 class CostRecord:
-    """One run. Ratios are of medians."""
+    """One run. Ratios are of medians; the two gains are those of the first load, whose requests are nearly all prompt."""
 
     model: ModelSpec
     full_length: int
@@ -201,17 +203,16 @@ def _blocks(engine: EmbeddedEngine, batch: int, prompt: int) -> list[int]:
     return used
 
 
-def measure_pressure(args: argparse.Namespace, kv: str) -> Pressure:
-    """Many requests, a pool that holds only a few full ones."""
-    prompt, output = args.length // 2, args.length // 2
-    blocks = args.pool_requests * -(-args.length // BLOCK)
-    engine = open_random(kv, blocks=blocks, batch=8 * args.pool_requests, length=args.length)
-    running, ended, tokens = [], 0, 0
-    total = 4 * args.pool_requests
+def measure_pressure(args: argparse.Namespace, kv: str, output: int, pool_requests: int) -> Pressure:
+    """Four times as many requests as the pool holds in full."""
+    prompt = args.length - output
+    blocks = pool_requests * -(-args.length // BLOCK)
+    engine = open_random(kv, blocks=blocks, batch=4 * pool_requests, length=args.length)
+    running, tokens = [], 0
+    total = 4 * pool_requests
     started = time.monotonic()
     for event in engine.generate(requests(total, prompt, output, 7)):
         tokens += event.token_id is not None
-        ended += event.finish is not None
         stats = engine.kv_stats()
         # While others still wait, what runs is what fits.
         if stats.requests_waiting:
@@ -220,6 +221,8 @@ def measure_pressure(args: argparse.Namespace, kv: str) -> Pressure:
     stats = engine.kv_stats()
     return Pressure(
         kv=kv,
+        prompt=prompt,
+        output=output,
         pool_blocks=blocks,
         in_flight=statistics.fmean(running) if running else float(total),
         in_flight_peak=stats.requests_peak,
@@ -235,18 +238,20 @@ def main() -> None:
     stamp = datetime.now(timezone.utc).strftime("%Y%m")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--interval", type=int, default=32)
+    parser.add_argument("--interval", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pool-requests", type=int, default=4)
+    parser.add_argument("--pool-requests", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / f"h2o-cost-{stamp}.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     steps = measure_steps(args)
     evicting, equal, whole = (step.median_ms for step in steps)
-    pressure = tuple(measure_pressure(args, kv) for kv in ("full", f"h2o:{args.length // 2},interval={args.interval}"))
+    policies = ("full", f"h2o:{args.length // 2},interval={args.interval}")
+    loads = ((args.length // 16, args.pool_requests), (args.length // 2, args.pool_requests // 3))
+    pressure = tuple(measure_pressure(args, kv, *load) for load in loads for kv in policies)
     record = CostRecord(
         model=MODEL,
         full_length=args.length,
@@ -265,7 +270,7 @@ def main() -> None:
         print(f"{step.variant:32} {step.median_ms:8.2f} ms/step  {step.kv_bytes / 2**20:7.1f} MiB KV  {step.rounds_ms}")
     for side in pressure:
         print(
-            f"{side.kv:32} {side.in_flight:5.2f} in flight  {side.useful_tok_s:7.1f} tok/s  {side.preemptions} preempted"
+            f"{side.prompt} + {side.output}, {side.kv:20} {side.in_flight:5.2f} in flight  {side.useful_tok_s:7.1f} tok/s  {side.preemptions} preempted"
         )
     print(
         f"eviction costs {record.overhead_at_equal_length:+.1%} at equal live length and takes "

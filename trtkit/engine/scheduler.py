@@ -174,16 +174,18 @@ class Scheduler:
         return min(count, budget)
 
     def _admissible(self, sequence: Sequence) -> bool:
-        """Blocks for its tokens so far are free beyond what running prompts still need, with one spare per runner.
+        """Blocks for its tokens so far are free beyond what running prompts still need, with a spare per growing runner.
 
-        The spare keeps a new arrival from being preempted by the very next decode steps.
+        The spare keeps a new arrival from being preempted by the very next decode steps. A runner that eviction
+        keeps at its cap grows no more and needs none.
         """
         if len(self.running) >= self.limits.max_batch_size:
             return False
         if not self.running:
             return True
         owed = sum(max(0, self._blocks(s.capped(s.known_len)) - len(s.block_table)) for s in self.running)
-        return self._blocks(sequence.capped(sequence.known_len)) + owed + len(self.running) <= self.pool.num_free
+        spare = sum(s.capped(s.known_len) < s.peak_slots for s in self.running)
+        return self._blocks(sequence.capped(sequence.known_len)) + owed + spare <= self.pool.num_free
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)

@@ -15,8 +15,6 @@ from trtkit.spec.kv import KVPolicySpec
 
 DEFAULT_SINKS = 4
 DEFAULT_INTERVAL = 32
-_MIN_RECENT = 16
-_RECENT_SHARE = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +47,8 @@ class Budget:
 def resolve_budget(spec: KVPolicySpec, *, recent: int | None = None) -> Budget:
     """Fill in what `spec` leaves open; its budget must be in tokens already.
 
-    Defaults: 4 sinks (at most a quarter of the budget); `recent` if given, else a quarter of the budget but no less
-    than 16, at most half of what sinks leave (at least one token); an interval of 32 tokens.
+    Defaults: 4 sinks (at most a quarter of the budget); half of what sinks leave as the recent window (the paper's
+    split, and the better one on text: docs/h2o.md), at most `recent` if given; an interval of 32 tokens.
 
     Raises:
         UsageError: the budget is a share, or sinks and recent exceed it.
@@ -59,8 +57,8 @@ def resolve_budget(spec: KVPolicySpec, *, recent: int | None = None) -> Budget:
         raise UsageError(f"KV policy {spec.label!r}: resolve the share to tokens before building the policy")
     tokens = spec.budget
     sinks = spec.sinks if spec.sinks is not None else min(DEFAULT_SINKS, max(0, tokens - (spec.recent or 0)) // 4)
-    wanted = max(_MIN_RECENT, tokens // _RECENT_SHARE) if recent is None else recent
-    default_recent = min(wanted, max(1, (tokens - sinks) // 2), max(0, tokens - sinks))
+    half = min(max(1, (tokens - sinks) // 2), max(0, tokens - sinks))
+    default_recent = half if recent is None else min(recent, half)
     return Budget(
         tokens=tokens,
         sinks=sinks,

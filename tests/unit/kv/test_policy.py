@@ -11,8 +11,8 @@ def spec(**options):
     return KVPolicySpec(kind="h2o", **options)
 
 
-def test_open_counts_are_four_sinks_and_a_quarter_recent():
-    assert resolve_budget(spec(budget=2048)) == Budget(tokens=2048, sinks=4, recent=512, interval=32)
+def test_open_counts_are_four_sinks_and_half_of_the_rest_recent():
+    assert resolve_budget(spec(budget=2048)) == Budget(tokens=2048, sinks=4, recent=1022, interval=32)
 
 
 def test_given_counts_are_taken_as_they_are():
@@ -59,5 +59,5 @@ def test_a_share_must_be_resolved_before_a_policy_sees_it():
     "options", [{"queries": "some"}, {"queries": "last"}, {"queries": "all", "window": 3}, {"decay": 0.0}]
 )
 def test_a_watch_that_means_nothing_is_refused(options):
-    with pytest.raises(ValueError, match="allowed are|must be in"):
+    with pytest.raises(ValueError, match=r"allowed are|must be in"):
         Watch(**options)
