@@ -47,13 +47,13 @@ SERVING = {
     "step": (1.0, 0.25),
     "seq": (1.0, 0.5),
     "comm": (1.0, 0.3),
-    "interrupt": (1.0, 0.25),
-    "host_ms": (12.0, 0.7),
-    "first": (1.0, 0.15),
-    "queue": (0.15, 1.0),
-    "queue_power": (0.7, 0.4),
+    "interrupt": (0.8, 0.2),
+    "host_ms": (15.0, 0.7),
+    "first": (0.85, 0.15),
+    "queue": (0.08, 0.6),
+    "queue_power": (0.6, 0.3),
     "pool": (1.0, 0.1),
-    "burst": (0.05, 0.7),
+    "burst": (0.03, 0.6),
 }
 VERSION = {"speed": (1.0, 0.05), "max_batch": (1.0, 1.0), "reserve": (1.0, 0.5)}
 POOL = {
@@ -85,7 +85,6 @@ SKIP_NOTES = (
     "+gemm_plugin",
     "8-GPU rows",
 )
-FOLDS = 6
 OP_DTYPES = {"bfloat16": "bf16", "fp8": "fp8", "int8_wo": "int8", "sq": "int8-sq", "int4_wo": "int4-awq"}
 OP_GPUS = {"a100_sxm": "a100-80gb-sxm", "h100_sxm": "h100-sxm", "h200_sxm": "h200", "l40s": "l40s"}
 SAME_CHIP = {"h100-sxm": "h200", "h200": "h100-sxm", "a100-80gb-pcie": "a100-80gb-sxm", "gh200": "h200"}
@@ -236,15 +235,15 @@ def in_metric(fit: Fit, times: perfmodel.Times) -> np.ndarray:
     return np.select([fit.metric == name for name in choices], list(choices.values()))
 
 
-def left_out(fit: Fit, start: np.ndarray) -> np.ndarray:
+def left_out(fit: Fit, start: np.ndarray, count: int) -> np.ndarray:
     """Errors of each observation when its configuration, in every release, was not in the fit."""
     names = sorted({o.configuration for o in fit.seen})
     np.random.default_rng(0).shuffle(names)
     names = [tuple(name) for name in names]
-    fold_of = {tuple(str(x) for x in name): index % FOLDS for index, name in enumerate(names)}
+    fold_of = {tuple(str(x) for x in name): index % count for index, name in enumerate(names)}
     folds = np.array([fold_of[tuple(str(x) for x in o.configuration)] for o in fit.seen])
     errors = np.zeros(len(fit.seen))
-    for fold in range(FOLDS):
+    for fold in range(count):
         held = folds == fold
         errors[held] = (fit.log_prediction(fit.solve(~held, start, evaluations=12)) - fit.target)[held]
     return errors
@@ -336,7 +335,7 @@ def scaled(groups: dict, gpu: str, table: str, sums: dict, precision: str) -> di
     }
 
 
-def calibration(fit: Fit, vector: np.ndarray, errors: np.ndarray, facts: Path) -> dict:
+def calibration(fit: Fit, vector: np.ndarray, errors: np.ndarray, facts: Path, folds: int) -> dict:
     c = fit.constants(vector)
     rows = Counter(o.group for o in fit.seen)
     sources = defaultdict(set)
@@ -356,7 +355,7 @@ def calibration(fit: Fit, vector: np.ndarray, errors: np.ndarray, facts: Path) -
         "provenance": {
             "script": "bench/calibrate.py",
             "data": f"perf-truth.csv sha256 {hashlib.sha256(truth.read_bytes()).hexdigest()[:16]}, {len(fit.seen)} rows used",
-            "validation": f"{FOLDS} folds over whole configurations (stack, GPU, precision, ranks, lengths)",
+            "validation": f"{folds} folds over whole configurations (stack, GPU, precision, ranks, lengths)",
         },
         "groups": groups | op_groups(groups, kernel_tables(facts / "op-70b-gemm-sums.csv")),
         "serving": {name: named(SERVING, c["serving"][i]) for i, name in enumerate(fit.stacks)},
@@ -467,6 +466,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=Path, default=Path("../shared/facts"), help="directory with perf-truth.csv")
     parser.add_argument("--check", action="store_true", help="only report how the committed constants do")
+    parser.add_argument("--folds", type=int, default=6, help="parts the configurations are left out in")
+    parser.add_argument("--dry-run", action="store_true", help="fit and report, write nothing")
     args = parser.parse_args()
     seen = observations(args.facts / "perf-truth.csv")
     if args.check:
@@ -475,10 +476,12 @@ def main() -> None:
     fit = Fit(seen, kernel_tables(args.facts / "op-70b-gemm-sums.csv"))
     vector = fit.solve(np.ones(len(seen)))
     report(fit, fit.log_prediction(vector) - fit.target, "fitted to all rows")
-    errors = left_out(fit, vector)
+    errors = left_out(fit, vector, args.folds)
     report(fit, errors, "whole configurations left out")
     compare_peer(fit, errors, args.facts / "aiconfigurator-estimates.csv")
-    BUILT_IN.write_text(json.dumps(calibration(fit, vector, errors, args.facts), indent=1) + "\n", encoding="utf-8")
+    if args.dry_run:
+        return
+    BUILT_IN.write_text(json.dumps(calibration(fit, vector, errors, args.facts, args.folds), indent=1) + "\n", encoding="utf-8")
     print(f"wrote {BUILT_IN}")
 
 
