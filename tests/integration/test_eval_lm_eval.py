@@ -147,3 +147,26 @@ def test_an_unknown_task_names_its_near_misses(tasks: Path) -> None:
     source = QualitySource(engine=engine("fp32"), environment=environment())
     with pytest.raises(UsageError, match="unknown task 'mini_mmul': did you mean mini_mmlu"):
         run_tasks(open_hf(hf), load_tokenizer(TOKENIZER), source, selection)
+
+
+def test_groups_of_groups_become_one_record_with_their_subjects(tasks: Path, tmp_path: Path) -> None:
+    nested = tmp_path / "nested"
+    nested.mkdir()
+    for file in tasks.glob("mini_*.yaml"):
+        (nested / file.name).symlink_to(file)
+    outer = {"group": "all_mini", "task": ["mini_mmlu", "mini_recall"], "metadata": {"version": 1}}
+    outer["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": True}]
+    (nested / "outer.yaml").write_text(json.dumps(outer))
+    tokenizer = load_tokenizer(TOKENIZER)
+    hf = make_hf(vocab_size=tokenizer.vocab_size, max_position_embeddings=2048)
+    source = QualitySource(engine=engine("fp32"), environment=environment())
+    selection = TaskSelection(names=("all_mini", "mini_recall"), directory=nested, limit=2)
+    records = run_tasks(open_hf(hf, blocks=1024, max_seq_len=1024), tokenizer, source, selection)
+    by_key = {(r.task, r.metric): r for r in records}
+    assert set(by_key) == {(t, m) for t in ("all_mini", "mini_recall") for m in ("acc", "gold_logprob")}
+    outer_record = by_key["all_mini", "acc"]
+    assert len({d.group for d in outer_record.documents}) == 8
+    assert outer_record.score == pytest.approx(sum(d.score for d in outer_record.documents) / 16)
+    assert [c.detail for c in by_key["mini_recall", "acc"].checks if c.name == "resumed"] == [
+        "4 of 4 contexts were finished before"
+    ]

@@ -12,9 +12,11 @@ from trtkit.cli.common import JsonFlag, emit, note, progress_bars
 
 Engines = Annotated[list[Path] | None, typer.Argument(help="Engine directories, e.g. builds/*.engine.")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks or groups, comma separated, e.g. mmlu.")]
-TasksDir = Annotated[Path | None, typer.Option(help="Local tasks: groups of JSON Lines, or lm-eval YAML files.")]
+TasksDir = Annotated[Path | None, typer.Option(help="Local tasks, JSON Lines or lm-eval YAML; `shipped`: ours.")]
 Shots = Annotated[int | None, typer.Option("--num-fewshot", help="Worked examples (default: the task's own).")]
-Limit = Annotated[int | None, typer.Option(help="Only the first N documents of every subject (with --text: N windows).")]
+Limit = Annotated[
+    int | None, typer.Option(help="Only the first N documents of every subject (with --text: N windows).")
+]
 After = Annotated[str, typer.Option("--evict-after", help="shots (query-agnostic) or question (query-aware).")]
 Truncated = Annotated[float, typer.Option("--max-truncated", help="Share of contexts that may be cut to fit.")]
 Chat = Annotated[bool, typer.Option("--apply-chat-template", help="Put tasks in the model's chat format.")]
@@ -28,7 +30,7 @@ Output = Annotated[Path, typer.Option("--output-dir", "-o", help="Where records 
 Label = Annotated[str, typer.Option(help="A name for this configuration in reports.")]
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     engines: Engines = None,
     tasks: Tasks = None,
     tasks_dir: TasksDir = None,

@@ -20,12 +20,30 @@ _LETTERS = ("A", "B", "C", "D", "E", "F", "G", "H")
 _KEYS = {"style", "shots", "description", "space"}
 
 
+SHIPPED = "shipped"
+
+
+def shipped_tasks() -> Path:
+    """The project's own tasks: in an installed package, else in the checkout.
+
+    Raises:
+        InputError: neither has them.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "data" / "tasks", package.parent / "bench" / "tasks"):
+        if folder.is_dir():
+            return folder
+    raise InputError("this installation has no shipped tasks; give a directory with --tasks-dir")
+
+
 def prepare_tasks(directory: Path, output: Path) -> Path:
     """Write task files for every group under `directory` into `output`, with its own YAML files copied beside them.
 
     Raises:
         InputError: no task is there, or a line is malformed (file and line are named).
     """
+    if str(directory) == SHIPPED:
+        directory = shipped_tasks()
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory of tasks")
     groups = sorted(directory.glob("*/group.json"))

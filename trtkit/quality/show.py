@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 from trtkit.quality.sheet import Preference
 from trtkit.quality.table import table
@@ -25,7 +26,22 @@ def records_text(records: Sequence[QualityResult]) -> str:
         )
         for record in records
     ]
-    return "\n".join((table(rows), *_remarks(records)))
+    return "\n".join((table(rows), *_subjects(records), *_remarks(records)))
+
+
+def _subjects(records: Sequence[QualityResult]) -> list[str]:
+    """Each subject's score, where a record holds several."""
+    lines = []
+    for record in records:
+        scores: dict[str, list[float]] = {}
+        for document in record.documents:
+            scores.setdefault(document.group, []).append(document.score)
+        if len(scores) > 1:
+            parts = ", ".join(f"{group} {fmean(values):.3f} ({len(values)})" for group, values in scores.items())
+            lines.append(
+                f"{record.engine.label or record.engine.name}, {record.task}/{record.metric} by subject: {parts}"
+            )
+    return lines
 
 
 def _remarks(records: Iterable[QualityResult]) -> list[str]:

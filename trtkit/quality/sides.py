@@ -66,15 +66,22 @@ def why_invalid(record: BenchResult | QualityResult) -> str:
 def pair_quality(reference: Side, candidate: Side) -> list[QualityPair]:
     """Every task and metric both were judged on, with their documents brought into the same order.
 
+    Where a task was run by several protocols, the latest that both share counts.
+
     Raises:
         MeasurementError: a task was run with different protocols or documents, or in different vocabularies.
     """
-    theirs = _by_task(reference.quality)
-    return [
-        QualityPair(reference=_matched(theirs[key], record), candidate=record)
-        for key, record in sorted(_by_task(candidate.quality).items())
-        if key in theirs and not _against(record, reference) and not _against(theirs[key], candidate)
-    ]
+    theirs = {key: r for key, r in _by_task(reference.quality).items() if not _against(r, candidate)}
+    ours = {key: r for key, r in _by_task(candidate.quality).items() if not _against(r, reference)}
+    shared: dict[tuple[str, str], QualityPair] = {}
+    for key, record in ours.items():
+        if key in theirs:
+            shared[key[:2]] = QualityPair(reference=_matched(theirs[key], record), candidate=record)
+    other = {key[:2]: record for key, record in theirs.items()}
+    for key, record in ours.items():
+        if key[:2] not in shared and key[:2] in other:
+            _matched(other[key[:2]], record)
+    return [shared[key] for key in sorted(shared)]
 
 
 def _against(record: QualityResult, side: Side) -> bool:
@@ -82,10 +89,15 @@ def _against(record: QualityResult, side: Side) -> bool:
     return record.reference is not None and record.reference.digest == side.engine.digest
 
 
-def _by_task(records: Sequence[QualityResult]) -> dict[tuple[str, str], QualityResult]:
-    """The latest record of each task and metric."""
+def _by_task(records: Sequence[QualityResult]) -> dict[tuple[str, str, str], QualityResult]:
+    """The latest record of each task, metric and protocol, oldest first."""
     ordered = sorted(records, key=lambda record: record.environment.started_utc)
-    return {(record.task, record.metric): record for record in ordered}
+    found: dict[tuple[str, str, str], QualityResult] = {}
+    for record in ordered:
+        key = (record.task, record.metric, record.protocol)
+        found.pop(key, None)
+        found[key] = record
+    return found
 
 
 def _matched(reference: QualityResult, candidate: QualityResult) -> QualityResult:

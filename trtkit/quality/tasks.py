@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -79,22 +80,39 @@ def run_tasks(
     if not isinstance(engine, Scorer):
         raise UnsupportedError("this engine gives no log-probabilities, so tasks cannot be scored on it")
     manager = _task_manager(selection)
+    journal = journal or Journal()
+    records: list[QualityResult] = []
+    for name in selection.names:
+        scoring = ContinuationScorer(
+            scorer=engine,
+            info=engine.info,
+            rules=selection.rules,
+            journal=journal,
+            engine_digest=source.journal_digest(engine.info),
+            progress=progress,
+        )
+        one = replace(selection, names=(name,))
+        records += _run_one((engine, tokenizer), source, one, manager, scoring)
+    return tuple(records)
+
+
+def _run_one(
+    run: tuple[Engine, Tokenizer],
+    source: QualitySource,
+    selection: TaskSelection,
+    manager: Any,  # noqa: ANN401 - lm-eval's type
+    scoring: ContinuationScorer,
+) -> tuple[QualityResult, ...]:
+    """One task or group, with counts of its own: each must show that eviction acted on it."""
     from trtkit.quality.lm_eval_model import EngineLM
 
-    scoring = ContinuationScorer(
-        scorer=engine,
-        info=engine.info,
-        rules=selection.rules,
-        journal=journal or Journal(),
-        engine_digest=source.journal_digest(engine.info),
-        progress=progress,
-    )
+    engine, tokenizer = run
     lm = EngineLM(
         engine,
         scoring,
         tokenizer,
         question_of=functools.partial(_question, manager),
-        self_test=functools.partial(check_alignment, engine, engine),
+        self_test=functools.partial(check_alignment, engine, scoring.scorer),
     )
     results = _evaluate(lm, manager, selection)
     return _records(results, source, selection, scoring, lm.checks)
@@ -117,6 +135,7 @@ def _task_manager(selection: TaskSelection) -> Any:  # noqa: ANN401 - lm-eval's 
             self.tasks_by_name = loaded["tasks"]
             return loaded
 
+    _quiet_downloads()
     directory = selection.directory
     if directory is not None and not directory.is_dir():
         raise InputError(f"{directory}: no such directory of tasks")
@@ -133,6 +152,11 @@ def _task_manager(selection: TaskSelection) -> Any:  # noqa: ANN401 - lm-eval's 
             )
             raise UsageError(f"unknown task {name!r}: {hint}")
     return manager
+
+
+def _quiet_downloads() -> None:
+    """No bar per split of every subject: our own progress says how far it is."""
+    importlib.import_module("datasets").disable_progress_bars()
 
 
 def _question(manager: Any, request: Any) -> str | None:  # noqa: ANN401
