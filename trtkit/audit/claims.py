@@ -59,6 +59,22 @@ _METRICS = {
     REQUESTS: ("request_throughput", "requests_s", "req_s"),
 }
 _KIND_OF = {word: kind for kind, words in _METRICS.items() for word in words}
+_PATTERNS = (
+    ("ttft|first_token", TTFT),
+    ("tpot|itl|inter_token|time_per_output", TPOT),
+    ("e2e|request_latency", E2E),
+    ("(cost|usd).*month|monthly", MONTHLY),
+    ("(cost|usd).*(1m|million|mtok)", COST),
+    ("kv.*request", KV_REQUEST),
+    ("kv.*(gb|gib|size|memory)", KV_TOTAL),
+    ("vram|(peak|gpu)_mem|memory_use", MEMORY),
+    ("weight.*(gb|gib|size|memory)", WEIGHTS),
+    ("(tps|tok_s|tokens_s|throughput).*user", PER_USER),
+    ("(tps|tok_s|tokens_s|throughput).*gpu", PER_GPU),
+    ("^(output_)?(throughput|tok_s|tokens_s|tps)", THROUGHPUT),
+    ("mmlu", QUALITY),
+)
+"""Names not in the list, by what they contain, first match wins; a configuration's columns match none of them."""
 _TIME = {"": 1.0, "ms": 1.0, "s": 1000.0, "sec": 1000.0, "seconds": 1000.0, "us": 1e-3, "ms/token": 1.0}
 _RATE = {"": 1.0, "tok/s": 1.0, "tokens/s": 1.0, "t/s": 1.0, "tps": 1.0, "tok/s/gpu": 1.0, "tok/s/user": 1.0}
 _RATE |= {"tok/s per gpu": 1.0, "tok/s per user": 1.0, "ktok/s": 1000.0}
@@ -119,7 +135,10 @@ class Claim:
 
 def kind_of(metric: str) -> str | None:
     """Which quantity a metric's name means, None for an unknown one."""
-    return _KIND_OF.get(re.sub(r"[\s\-/]+", "_", metric.strip().lower()))
+    word = re.sub(r"[\s\-/]+", "_", metric.strip().lower())
+    if word in _KIND_OF:
+        return _KIND_OF[word]
+    return next((kind for pattern, kind in _PATTERNS if re.search(pattern, word)), None)
 
 
 def claim_from(row: Mapping[str, str], number: int, *, catalogs: Sequence[Path] = ()) -> Claim:
@@ -197,6 +216,9 @@ class _Reader:
         text = self.text("value").replace(",", "").removeprefix("$").removesuffix("%")
         unit = re.sub(r"\s+", " ", self.text("unit").lower())
         scales = _UNITS[kind]
+        suffix = self.text("metric").lower().rpartition("_")[2]
+        if not unit and suffix in scales:
+            unit = suffix
         if unit not in scales:
             allowed = ", ".join(word for word in scales if word)
             raise self.fail("unit", f"{self.text('unit')!r} does not measure {self.text('metric')}; use {allowed}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from trtkit.audit import claims as c
@@ -23,6 +24,7 @@ POSSIBLE, IMPLAUSIBLE, IMPOSSIBLE, INCONSISTENT, UNREADABLE = (
 COUNT_TOLERANCE = 0.05
 """Sizes that follow exactly from the shape may be rounded, or GB taken for GiB, but not be further off."""
 MMLU_CHANCE = 25.0
+MMLU_QUESTIONS = 14_042
 ROUNDING = 0.001
 
 
@@ -216,7 +218,11 @@ def _count(claim: Claim, exact: float, text: str) -> Limit:
 def _quality(claim: Claim) -> Limit:
     if claim.value > 100:
         return Limit(limit=100.0, share=claim.value / 100, arithmetic=f"{claim.value:g} of 100 questions")
-    text = f"four choices give {MMLU_CHANCE:g} by chance; claimed {claim.value:g}"
+    noise = math.sqrt(claim.value * (100 - claim.value) / MMLU_QUESTIONS)
+    text = (
+        f"four choices give {MMLU_CHANCE:g} by chance; claimed {claim.value:g}, of which {2 * noise:.2f} either way is "
+        f"noise of {MMLU_QUESTIONS:,} questions"
+    )
     return Limit(limit=100.0, share=claim.value / 100, arithmetic=text)
 
 

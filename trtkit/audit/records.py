@@ -7,6 +7,7 @@ datasheet's.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from trtkit.audit.finding import Finding
 from trtkit.plan import work
@@ -16,7 +17,7 @@ from trtkit.plan.scenario import Scenario
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.errors import TrtkitError
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.result import BenchResult, Check
+from trtkit.spec.result import BenchResult, Check, QualityResult
 from trtkit.spec.units import format_gib
 
 PASS, WARN, FAIL, SKIPPED = "pass", "warn", "fail", "skipped"
@@ -146,3 +147,29 @@ def audit_record(result: BenchResult) -> tuple[Finding, ...]:
             )
         )
     return tuple(found)
+
+
+def audit_quality(result: QualityResult) -> tuple[Finding, ...]:
+    """The score of a quality record against its scale, and the checks stored in it."""
+    spread = "" if result.stderr is None else f" +- {2 * result.stderr:.4g}"
+    scale = 100.0 if result.unit in ("%", "points") else 1.0
+    bounded = result.better == "higher" and result.unit in ("%", "points", "share", "fraction", "accuracy")
+    beyond = bounded and not 0 <= result.score <= scale
+    detail = f"{result.score:.4g}{spread} {result.unit} over {len(result.documents)} documents"
+    score = Finding(
+        row=1,
+        name=f"{result.engine.name} {result.task}",
+        metric=result.metric,
+        verdict="impossible" if beyond else "possible",
+        share_of_limit=result.score / scale if bounded else None,
+        limit=scale if bounded else None,
+        unit=result.unit,
+        claimed=result.score,
+        arithmetic=detail,
+    )
+    stored = [
+        replace(score, row=number, name=f"{score.name} {check.name}", verdict=verdict, arithmetic=check.detail)
+        for number, check in enumerate(result.checks, 2)
+        for verdict in ["inconsistent" if check.status == FAIL else _VERDICTS.get(check.status, "possible")]
+    ]
+    return (score, *stored)

@@ -13,12 +13,12 @@ from trtkit.audit.cross import contradictions
 from trtkit.audit.finding import Finding
 from trtkit.audit.foreign import foreign_rows
 from trtkit.audit.physics import IMPOSSIBLE, INCONSISTENT, UNREADABLE, limit_of, verdict_of
-from trtkit.audit.records import audit_record
+from trtkit.audit.records import audit_quality, audit_record
 from trtkit.audit.tables import csv_rows, markdown_rows
 from trtkit.plan.calibration import load_calibration
 from trtkit.spec.codec import from_plain
 from trtkit.spec.errors import InputError
-from trtkit.spec.result import BENCH_KIND, BenchResult
+from trtkit.spec.result import BENCH_KIND, QUALITY_KIND, BenchResult, QualityResult
 
 
 def audit_file(
@@ -107,6 +107,8 @@ def _audit_json(text: str, name: str, defaults: Mapping[str, str], catalogs: Seq
         raise InputError(f"{name}: not JSON: {error}") from None
     if isinstance(body, dict) and body.get("kind") == BENCH_KIND:
         return audit_record(from_plain(BenchResult, body.get("data"), name))
+    if isinstance(body, dict) and body.get("kind") == QUALITY_KIND:
+        return audit_quality(from_plain(QualityResult, body.get("data"), name))
     if isinstance(body, list):
         if not all(isinstance(row, dict) for row in body):
             raise InputError(f"{name}: a list of claims must hold objects")

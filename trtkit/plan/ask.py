@@ -51,10 +51,9 @@ class PlanAnswer:
 
 def scenario_at(placement: Placement, precision: Precision, load: LoadPoint) -> Scenario:
     """A placement under one load. Eviction holds the cache between its budget and one interval more."""
-    kept = None
+    kept, slack = None, placement.policy.interval or placement.limits.tokens_per_block
     if not placement.policy.is_full:
         length = load.isl + load.osl
-        slack = placement.policy.interval or placement.limits.tokens_per_block
         kept = min(length, (placement.policy.resolved(length).budget or length) + slack // 2)
     return Scenario(
         model=placement.model,
@@ -66,6 +65,7 @@ def scenario_at(placement: Placement, precision: Precision, load: LoadPoint) -> 
         tp=placement.parallel.tp,
         pp=placement.parallel.pp,
         kept_tokens=kept,
+        evict_interval=slack,
     )
 
 

@@ -83,6 +83,8 @@ class Load:
     memory_bytes: Array
     kept_tokens: Array
     """Cache tokens per sequence at most: infinity without eviction."""
+    evict_interval: Array
+    """Steps between evictions: infinity without."""
     static: Array
     """True where one fixed batch runs to its end (no in-flight batching)."""
     stream_steps: Array
@@ -125,7 +127,10 @@ def decode_step_s(load: Load, rates: Rates, sequences: Array, context: Array) ->
         * (load.linear_flops + load.head_flops)
         / (load.tp * load.gemm_flops_s * rates.efficiency("decode_mfu"))
     )
-    cached = sequences * np.minimum(context, load.kept_tokens) * load.kv_token_bytes
+    visible = np.minimum(context, load.kept_tokens)
+    # Scoring reads the keys (half of the cache) once per interval; compaction reads and writes a token per step.
+    evicting = np.where(np.isinf(load.evict_interval), 0.0, visible / 2 / load.evict_interval + 2)
+    cached = sequences * (visible + evicting) * load.kv_token_bytes
     cache_s = cached / (load.kv_ranks * load.bandwidth_bytes_s * rates.efficiency("kv_bw"))
     return (
         _smooth_max(weights, products, rates.pool["sharpness"])

@@ -25,7 +25,8 @@ PCIE_LINK_BYTES_S = 32e9
 class Scenario:
     """A model on devices, with lengths in tokens.
 
-    `concurrency` None is maximum load. `kept_tokens` bounds the cache of one sequence (KV eviction). `cached_tokens`
+    `concurrency` None is maximum load. `kept_tokens` bounds the cache of one sequence (KV eviction), which is scored
+    and compacted every `evict_interval` steps. `cached_tokens`
     of each prompt are found in a prefix cache. `stack` and `version` name whose software; `static` is one fixed batch
     without in-flight batching; `stream_steps` delays the first token by that many decode steps (streaming interval).
     """
@@ -39,6 +40,7 @@ class Scenario:
     tp: int = 1
     pp: int = 1
     kept_tokens: int | None = None
+    evict_interval: int = 32
     cached_tokens: int = 0
     stack: str = TENSORRT_LLM
     version: str | None = None
@@ -52,8 +54,10 @@ class Scenario:
             )
         if not 0 <= self.cached_tokens <= self.isl:
             raise UsageError(f"{self.cached_tokens} of {self.isl} prompt tokens cannot come from a prefix cache")
-        if self.kept_tokens is not None and self.kept_tokens < 1:
-            raise UsageError(f"the KV budget is {self.kept_tokens} tokens, must be at least 1")
+        if (self.kept_tokens is not None and self.kept_tokens < 1) or self.evict_interval < 1:
+            raise UsageError(
+                f"KV budget {self.kept_tokens} tokens every {self.evict_interval} steps: both must be at least 1"
+            )
         if self.parallel.world_size > MAX_RANKS:
             raise UsageError(f"tp={self.tp}, pp={self.pp}: more than {MAX_RANKS} ranks")
 
@@ -113,6 +117,7 @@ def load_of(scenarios: Sequence[Scenario]) -> Load:
         link_bytes_s=column([s.link_bytes_s for s in every]),
         memory_bytes=column([s.gpu.memory_bytes for s in every]),
         kept_tokens=column([float("inf") if s.kept_tokens is None else s.kept_tokens for s in every]),
+        evict_interval=column([float("inf") if s.kept_tokens is None else s.evict_interval for s in every]),
         static=np.array([s.static for s in every], dtype=bool),
         stream_steps=column([s.stream_steps for s in every]),
     )

@@ -11,7 +11,7 @@ from trtkit.audit.run import audit_file
 from trtkit.spec.codec import write_record
 from trtkit.spec.errors import InputError
 from trtkit.spec.measured import Measured, Source
-from trtkit.spec.result import BENCH_KIND
+from trtkit.spec.result import BENCH_KIND, QUALITY_KIND
 
 ROOT = Path(__file__).parents[3]
 HEADER = "name,model,gpu,num_gpus,tp,precision,kv,kv_dtype,metric,concurrency,isl,osl,value,unit,price_usd_per_gpu_h"
@@ -206,3 +206,12 @@ def test_a_records_checks_are_its_findings(tmp_path):
     found = {f.metric: f for f in audit_file(path)}
     assert found["tpot_ms"].verdict == "impossible"
     assert found["tpot_ms"].share_of_limit == 1.3
+
+
+def test_a_quality_record_is_read(tmp_path):
+    result = synthetic_records.quality()
+    path = tmp_path / "q.json"
+    write_record(path, QUALITY_KIND, result)
+    assert audit_file(path)[0].verdict == "possible"
+    write_record(path, QUALITY_KIND, replace(result, unit="%", better="higher", score=140.0))
+    assert audit_file(path)[0].verdict == "impossible"

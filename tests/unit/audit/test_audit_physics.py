@@ -1,5 +1,6 @@
 import pytest
 
+from trtkit.audit.claims import kind_of
 from trtkit.audit.run import audit_rows, findings_text
 from trtkit.spec.catalog import gpu_spec
 
@@ -132,3 +133,28 @@ def test_an_unfitting_gpu_does_not_crash_the_limit():
     # FP16 weights alone exceed one L4; the claim is held against bytes all the same.
     assert gpu_spec("l4").memory_bytes < 30e9
     assert one("tpot_ms", 10, gpu="L4", num_gpus=1, isl=512, concurrency=4).verdict == "impossible"
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit"),
+    [
+        ("ttft_p99_ms", "ms"),
+        ("mean_ttft_ms", "ms"),
+        ("cost_usd_per_1m", "USD/1M"),
+        ("peak_mem_gb", "GB"),
+        ("TPS/user", "tok/s"),
+        ("tok/s/gpu", "tok/s"),
+        ("tps_total", "tok/s"),
+    ],
+)
+def test_other_spellings_of_a_metric_are_understood(metric, unit):
+    assert one(metric, 150, isl=512).unit == unit
+
+
+def test_a_unit_in_the_metrics_name_counts():
+    assert one("ttft_s", 0.3, isl=512).claimed == 300
+
+
+@pytest.mark.parametrize("column", ["name", "model", "gpu", "num_gpus", "kv_dtype", "price_usd_per_gpu_h", "notes"])
+def test_a_configurations_columns_are_no_metrics(column):
+    assert kind_of(column) is None

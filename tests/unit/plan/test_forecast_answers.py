@@ -121,3 +121,11 @@ def test_releases_between_known_ones_take_the_older():
     assert constants.version(scenario(version="0.18.2")) == "0.17"
     assert constants.version(scenario(version="v1.2.1")) == "1.2"
     assert constants.version(scenario(version="0.1")) == "0.5"
+
+
+def test_eviction_costs_scoring_and_compaction():
+    rare = answer(scenario(tp=2, isl=4096, osl=256, concurrency=8, kept_tokens=4352, evict_interval=4096)).forecast
+    often = answer(scenario(tp=2, isl=4096, osl=256, concurrency=8, kept_tokens=4352, evict_interval=1)).forecast
+    whole = answer(scenario(tp=2, isl=4096, osl=256, concurrency=8)).forecast
+    assert whole.tpot_ms.value < rare.tpot_ms.value < often.tpot_ms.value
+    assert whole.ttft_ms.value < rare.ttft_ms.value

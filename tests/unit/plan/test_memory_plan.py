@@ -79,3 +79,21 @@ def test_the_lines_say_what_is_exact_and_what_is_modeled():
 
 def test_a_cpu_has_no_cuda_runtime():
     assert plan_memory(placement(gpu="cpu", precision="fp32")).runtime_bytes == 0
+
+
+@pytest.mark.parametrize("limits", [{"kv_memory_bytes": 3_000_000}, {"max_batch_size": 3, "max_seq_len": 100}])
+def test_the_pool_equals_the_embedded_engines_blocks(limits):
+    from support import synthetic_records
+
+    from trtkit.engine.open import pool_blocks
+
+    small = Placement(
+        model=synthetic_records.MODEL,
+        gpu=gpu_spec("cpu"),
+        quant=quant_for("fp32"),
+        policy=parse_kv_policy("full"),
+        parallel=Parallelism(),
+        limits=Limits(tokens_per_block=16, **limits),
+    )
+    blocks = pool_blocks(small.model, small.limits, small.quant.kv, available_bytes=1 << 32)
+    assert plan_memory(small).kv_blocks == blocks
