@@ -373,7 +373,10 @@ def test_positions_keep_counting_past_the_budget():
         for _ in range(20):
             next(events)
         sequence = engine._scheduler.running[0]
-        ledger = engine._runner.observer._tracked[sequence].ledger
+        tracked = engine._runner.observer._tracked[sequence]
+        with torch.inference_mode():
+            tracked.list_tokens(sequence.num_tokens)
+        ledger = tracked.ledger
         assert sequence.num_tokens == 119
         assert sequence.cache_len == ledger.length < 30
         assert (ledger.positions.amax(-1) == 118).all()

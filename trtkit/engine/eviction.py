@@ -9,12 +9,11 @@ only holes are filled, and whole tail blocks go back to the pool at once.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from trtkit.engine.batch import Batch, Row
+from trtkit.engine.batch import Batch
 from trtkit.engine.observer import EvictionCounters
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.query_ring import QueryRing
@@ -22,6 +21,7 @@ from trtkit.engine.runner import ObserverFactory
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence
 from trtkit.engine.slot_moves import move_slots
+from trtkit.engine.tracked import StepPlan, Tracked
 from trtkit.kernels.mass import column_mass
 from trtkit.kv.ledger import AttentionLedger
 from trtkit.kv.moves import plan_moves
@@ -48,28 +48,6 @@ def prefill_piece(budget: Budget, limits: Limits) -> int:
     return min(max(_MIN_PIECE, budget.tokens // _PIECES_PER_BUDGET), beside_decodes)
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Tracked:
-    """What is known about one evicting sequence. `pending` ring queries are not in the ledger yet; `prompt_cap` is its
-    `kv_cap_tokens` while the prompt is fed."""
-
-    policy: EvictionPolicy
-    ledger: AttentionLedger
-    ring: QueryRing | None
-    prompt_cap: int | None
-    ring_slot: int = 0
-    pending: int = 0
-
-
-@dataclass(kw_only=True, slots=True)
-class _StepPlan:
-    """One step's work for `observe`: prompt pieces to score, and which tokens go where in which ring."""
-
-    batch: Batch
-    pieces: list[tuple[Row, _Tracked]] = field(default_factory=list)
-    writes: list[tuple[QueryRing, Tensor, Tensor]] = field(default_factory=list)
-
-
 class EvictionObserver:
     """The engine's `LayerObserver`. `failed` tells sequences whose policy broke, with one line each."""
 
@@ -85,9 +63,9 @@ class EvictionObserver:
         self._cache = cache
         self._scheduler = scheduler
         self._policies: dict[KVPolicySpec, EvictionPolicy | None] = {}
-        self._tracked: dict[Sequence, _Tracked] = {}
+        self._tracked: dict[Sequence, Tracked] = {}
         self._rings: dict[int, QueryRing] = {}
-        self._plan: _StepPlan | None = None
+        self._plan: StepPlan | None = None
         self._policy(spec)
 
     def admit(self, sequence: Sequence) -> None:
@@ -114,7 +92,7 @@ class EvictionObserver:
         if plan is None or plan.batch is not batch:
             plan = self._plan = self._begin(batch)
         for ring, index, tokens in plan.writes:
-            ring.write(layer, index, q_THD.index_select(0, tokens))
+            ring.write(layer, index, q_THD if tokens is None else q_THD.index_select(0, tokens))
         for row, tracked in plan.pieces:
             queries = q_THD[None, row.start : row.start + row.count]
             keys = self._keys([layer], row.sequence, tracked.ledger.length)
@@ -159,9 +137,9 @@ class EvictionObserver:
             self._policies[spec] = policy
         return self._policies[spec]
 
-    def _begin(self, batch: Batch) -> _StepPlan:
+    def _begin(self, batch: Batch) -> StepPlan:
         """Open the ledgers for the step's tokens and sort its rows into pieces and ring writes."""
-        plan = _StepPlan(batch=batch)
+        plan = StepPlan(batch=batch)
         to_ring: dict[QueryRing, tuple[list[int], list[int]]] = {}
         for row in batch.rows:
             if not (row.observed and row.sequence.evicts):
@@ -169,12 +147,13 @@ class EvictionObserver:
             tracked = self._tracked.get(row.sequence) or self._track(row.sequence)
             if row.count > 1 and tracked.pending:
                 self._flush(row.sequence, tracked)
-            tracked.ledger.append(row.position, row.count)
+            tracked.unlisted += row.count
             if tracked.ring is None:
                 continue
             last = min(row.count, tracked.ring.size)
             if tracked.policy.watch.queries == "all":
                 if row.count > 1:
+                    tracked.list_tokens(row.position + row.count)
                     plan.pieces.append((row, tracked))
                     continue
                 tracked.pending += 1
@@ -183,16 +162,18 @@ class EvictionObserver:
             tokens += range(row.start + row.count - last, row.start + row.count)
         device = self._cache.device
         for ring, (index, tokens) in to_ring.items():
-            plan.writes.append((ring, torch.tensor(index, device=device), torch.tensor(tokens, device=device)))
+            every = tokens == list(range(len(batch.positions_T)))
+            chosen = None if every else torch.tensor(tokens, device=device)
+            plan.writes.append((ring, torch.tensor(index, device=device), chosen))
         return plan
 
-    def _track(self, sequence: Sequence) -> _Tracked:
+    def _track(self, sequence: Sequence) -> Tracked:
         policy = self._policy(sequence.kv_policy)
         assert policy is not None, "admit marks only sequences with a policy"
         watch = policy.watch
         size = {"none": 0, "all": RING_QUERIES, "last": watch.window}[watch.queries]
         ring = self._rings.setdefault(size, QueryRing(self._model.num_layers, size)) if size else None
-        tracked = _Tracked(
+        tracked = Tracked(
             policy=policy,
             ledger=AttentionLedger(
                 self._model.num_layers,
@@ -218,14 +199,16 @@ class EvictionObserver:
         gathered = [self._cache.block_rows(layer).index_select(0, index) for layer in layers]
         return torch.stack(gathered).view(len(layers), heads, -1, dim)[:, :, :length]
 
-    def _mass(self, tracked: _Tracked, layers: slice, queries: Tensor, keys: Tensor, first: int) -> Tensor:
+    def _mass(self, tracked: Tracked, layers: slice, queries: Tensor, keys: Tensor, first: int) -> Tensor:
         """Mass of consecutive queries [L, T, Hq, D] at positions from `first`, weighted as the ledger wants it."""
         count = queries.shape[1]
         asked = torch.arange(first, first + count, dtype=torch.int32, device=queries.device)
         weights = tracked.ledger.query_weights(count)
-        return column_mass(queries, keys, tracked.ledger.positions[layers], asked, weights)
+        # Only the queries' own tokens can be in a query's future, and they lie last unless an eviction came between.
+        settled = tracked.ledger.length - count if tracked.policy.watch.queries == "all" else 0
+        return column_mass(queries, keys, tracked.ledger.positions[layers], asked, weights, settled=settled)
 
-    def _last_mass(self, sequence: Sequence, tracked: _Tracked, count: int) -> Tensor:
+    def _last_mass(self, sequence: Sequence, tracked: Tracked, count: int) -> Tensor:
         """Mass the last `count` queries give to the live keys, [L, H, N]; a few layers at a time."""
         assert tracked.ring is not None
         ledger = tracked.ledger
@@ -240,14 +223,15 @@ class EvictionObserver:
             parts.append(self._mass(tracked, layers, queries[layers], keys, first))
         return torch.cat(parts)
 
-    def _flush(self, sequence: Sequence, tracked: _Tracked) -> None:
+    def _flush(self, sequence: Sequence, tracked: Tracked) -> None:
         """Bring waiting queries into the ledger."""
+        tracked.list_tokens(sequence.num_tokens)
         if tracked.pending:
             mass = self._last_mass(sequence, tracked, tracked.pending)
             tracked.ledger.add(slice(None), mass, tracked.pending)
             tracked.pending = 0
 
-    def _evict(self, sequence: Sequence, tracked: _Tracked) -> None:
+    def _evict(self, sequence: Sequence, tracked: Tracked) -> None:
         ledger, budget = tracked.ledger, tracked.policy.budget
         self._flush(sequence, tracked)
         if tracked.policy.watch.queries == "last":

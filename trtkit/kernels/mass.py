@@ -14,7 +14,13 @@ _MAX_LOGITS = 1 << 21
 
 
 def column_mass(
-    queries_LTHD: Tensor, keys_LHND: Tensor, positions_LHN: Tensor, query_positions_T: Tensor, weights_T: Tensor
+    queries_LTHD: Tensor,
+    keys_LHND: Tensor,
+    positions_LHN: Tensor,
+    query_positions_T: Tensor,
+    weights_T: Tensor,
+    *,
+    settled: int = 0,
 ) -> Tensor:
     """Weighted softmax mass each key receives, summed over queries and the query heads of its KV head.
 
@@ -24,6 +30,7 @@ def column_mass(
         positions_LHN: their original positions; a query sees keys at its own position and before.
         query_positions_T: positions of the queries, same integer type.
         weights_T: fp32, what each query counts.
+        settled: that many slots in front are older than every query; their positions are not looked at.
 
     Returns:
         fp32 [L, H, N].
@@ -40,9 +47,10 @@ def column_mass(
         size = rows.stop - first
         queries = grouped[:, :, rows].float().reshape(layers, heads, size * group, dim) * dim**-0.5
         logits = torch.matmul(queries, keys).view(layers, heads, size, group, live)
-        hidden = positions_LHN[:, :, None, None] > query_positions_T[rows][:, None, None]
-        probabilities = torch.softmax(logits.masked_fill_(hidden, -torch.inf), dim=-1)
-        if bool(hidden.all(dim=-1).any()):
+        hidden = positions_LHN[:, :, None, None, settled:] > query_positions_T[rows][:, None, None]
+        logits[..., settled:].masked_fill_(hidden, -torch.inf)
+        probabilities = torch.softmax(logits, dim=-1)
+        if not settled and bool(hidden.all(dim=-1).any()):
             probabilities.masked_fill_(hidden, 0)  # a query none of whose keys is left gives nothing, not NaN
         weights = weights_T[rows].repeat_interleave(group)
         mass += torch.matmul(weights, probabilities.flatten(2, 3))
