@@ -10,8 +10,9 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from trtkit.engine.matmul import linear
 
 _TILE_ELEMENTS = 1 << 19
 _FUSED_MAX_ROWS = 16
@@ -31,7 +32,7 @@ def tiled_int8_linear(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tenso
     y_TO = torch.empty(x_TI.shape[0], outputs, dtype=x_TI.dtype, device=x_TI.device)
     for start in range(0, outputs, tile):
         wide = weight_OI[start : start + tile].to(x_TI.dtype)
-        y_TO[:, start : start + tile] = F.linear(x_TI, wide)
+        y_TO[:, start : start + tile] = linear(x_TI, wide)
     return y_TO.mul_(scale_O)
 
 

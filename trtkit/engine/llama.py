@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.engine.batch import Batch, DecodeGroup, PrefillRow
+from trtkit.engine.matmul import linear
 from trtkit.engine.observer import LayerObserver
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.rope import RopeTable, rotate_
@@ -41,7 +42,7 @@ def forward(weights: ModelWeights, rope: RopeTable, batch: Batch, observer: Laye
 def logits(weights: ModelWeights, x_RE: Tensor) -> Tensor:
     """Logits of selected tokens in float32, [R, V]; only these rows meet the vocabulary matrix."""
     h_RE = rms_norm(x_RE, weights.final_norm, weights.model.norm_epsilon)
-    return F.linear(h_RE, weights.lm_head).float()
+    return linear(h_RE, weights.lm_head).float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

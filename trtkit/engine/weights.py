@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.engine.int8 import int8_linear
+from trtkit.engine.matmul import linear
 from trtkit.engine.paged_cache import torch_dtype
 from trtkit.engine.ranks import RankReader
 from trtkit.spec.checkpoint import FINAL_NORM, LM_HEAD, VOCAB_EMBEDDING, layer_prefix
@@ -39,7 +39,7 @@ class Linear:
     def __call__(self, x_TI: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         if self.scale is None:
-            return F.linear(x_TI, self.weight, self.bias)
+            return linear(x_TI, self.weight, self.bias)
         y_TO = int8_linear(x_TI, self.weight, self.scale)
         return y_TO if self.bias is None else y_TO.add_(self.bias)
 
@@ -86,8 +86,8 @@ class ModelWeights:
         for layer in self.layers:
             tensors += [layer.input_norm, layer.post_norm]
             tensors += [norm for norm in (layer.q_norm, layer.k_norm) if norm is not None]
-            for linear in (layer.qkv, layer.dense, layer.gate_up, layer.down):
-                tensors += linear.tensors()
+            for matrix in (layer.qkv, layer.dense, layer.gate_up, layer.down):
+                tensors += matrix.tensors()
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
