@@ -81,7 +81,8 @@ def run_gate(reference: Side, candidate: Side, rules: Sequence[Rule]) -> GateRes
     """Hold `candidate` against `rules`; two built-in rules are always on.
 
     Built in: no task may be detectably worse by more than its margin (unless a rule of yours limits that task), and two
-    builds of one plan must compute the same numbers. Without any rule these two decide.
+    builds of one plan must compute the same numbers. Without any rule these two decide, and then a loss beyond its
+    margin that too few documents can confirm makes the gate invalid instead of passing.
     """
     try:
         quality = pair_quality(reference, candidate)
@@ -92,7 +93,8 @@ def run_gate(reference: Side, candidate: Side, rules: Sequence[Rule]) -> GateRes
     outcomes: list[Outcome] = []
     for rule in rules:
         outcomes += _apply(rule, reference, candidate, bench, quality)
-    outcomes += _no_task_worse([p for p in quality if not any(_limits(r, p) for r in rules)])
+    unlimited = [p for p in quality if not any(_limits(r, p) for r in rules)]
+    outcomes += _no_task_worse(unlimited, strict=not rules)
     if same_numerics(reference, candidate):
         outcomes += _same_numbers(quality, tuple(drift_of(candidate, reference)))
     if not outcomes:
@@ -271,8 +273,11 @@ def _judge_drift(rule: Rule, record: QualityResult) -> Outcome:
     return Outcome(rule=name, status=Status.FAIL, reason=f"{shown}: limit {rule.limit:g}")
 
 
-def _no_task_worse(pairs: Iterable[QualityPair]) -> list[Outcome]:
-    """Built in: with Holm's correction over all tasks, none is worse by more than its margin."""
+def _no_task_worse(pairs: Iterable[QualityPair], *, strict: bool) -> list[Outcome]:
+    """Built in: with Holm's correction over all tasks, none is worse by more than its margin.
+
+    `strict`: nothing else decides, so a loss beyond the margin that the documents are too few to confirm is invalid.
+    """
     judged = [pair for pair in pairs if pair.candidate.better != "neither"]
     outcomes = [
         Outcome(rule=f"no task worse [{pair.key}]", status=Status.INVALID, reason=pair.invalid)
@@ -283,16 +288,16 @@ def _no_task_worse(pairs: Iterable[QualityPair]) -> list[Outcome]:
     adjusted = holm({key: paired.p_value for key, (_, paired) in results.items()})
     for key, (pair, paired) in results.items():
         margin = margin_of(pair.reference)
-        bad = adjusted[key] < ALPHA and paired.difference < -margin
+        status = Status.PASS
+        if paired.difference < -margin:
+            status = Status.FAIL if adjusted[key] < ALPHA else Status.INVALID if strict else Status.PASS
         reason = (
             f"{paired.difference:+.4g} {difference_unit(pair.candidate.unit)} [{paired.low:+.4g}, {paired.high:+.4g}] over {paired.n} "
             f"documents, Holm p = {adjusted[key]:.2g}, margin {margin:.4g}: {paired.verdict.value}"
         )
         if paired.verdict is Verdict.UNDECIDED and paired.needed is not None:
             reason += f"; about {paired.needed} documents would decide"
-        outcomes.append(
-            Outcome(rule=f"no task worse [{key}]", status=Status.FAIL if bad else Status.PASS, reason=reason)
-        )
+        outcomes.append(Outcome(rule=f"no task worse [{key}]", status=status, reason=reason))
     return outcomes
 
 

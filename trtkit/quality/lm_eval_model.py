@@ -23,6 +23,7 @@ from trtkit.spec.result import Check
 
 FEWSHOT_DELIMITER = "\n\n"
 DEFAULT_GENERATED_TOKENS = 256
+_ENCODINGS_KEPT = 1024
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
@@ -46,7 +47,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         self.engine, self.scoring, self.text = engine, scoring, tokenizer
         self.question_of, self.self_test = question_of, self_test
         self.checks: list[Check] = []
-        self._encode = functools.cache(
+        # The choices of one question share its context, the questions of one subject its worked examples.
+        self._encode = functools.lru_cache(maxsize=_ENCODINGS_KEPT)(
             lambda string, special: tuple(tokenizer.encode(string, add_special_tokens=special))
         )
 

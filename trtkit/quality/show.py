@@ -36,7 +36,7 @@ def _subjects(records: Sequence[QualityResult]) -> list[str]:
         scores: dict[str, list[float]] = {}
         for document in record.documents:
             scores.setdefault(document.group, []).append(document.score)
-        if len(scores) > 1:
+        if 1 < len(scores) < len(record.documents):
             parts = ", ".join(f"{group} {fmean(values):.3f} ({len(values)})" for group, values in scores.items())
             lines.append(
                 f"{record.engine.label or record.engine.name}, {record.task}/{record.metric} by subject: {parts}"

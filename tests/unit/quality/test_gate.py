@@ -114,6 +114,15 @@ def test_without_rules_a_task_that_got_worse_fails() -> None:
     assert run_gate(b, a, ()).status is Status.PASS
 
 
+def test_without_rules_a_loss_that_too_few_documents_can_confirm_is_invalid() -> None:
+    a, b = noisy_pair(1, 4, 30)
+    assert run_gate(a, b, ()).exit_code == 9
+    assert run_gate(b, a, ()).exit_code == 0
+    with_bench = replace(b, bench=(bench(),))
+    rule = (parse_rule("max_vram", "1GiB"),)
+    assert run_gate(a, with_bench, rule).exit_code == 0, "with a rule of one's own, only a detectable loss fails"
+
+
 def test_two_builds_of_one_plan_must_compute_the_same_numbers() -> None:
     a = side("int8", quality(right(70, 100), name="int8", values=-1.0))
     damaged = side("int8", quality(right(70, 100), name="int8", values=-1.03))
