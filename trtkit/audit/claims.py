@@ -126,11 +126,13 @@ class Claim:
     cached_tokens: int = 0
     sparsity: float = 1.0
     tokens_per_month: float | None = None
+    origin: str = ""
+    """Whose software and report, where the table says so; claims of different origin are not held against each other."""
 
     @property
     def configuration(self) -> tuple[object, ...]:
         """What two claims of one machine and model share, whatever the load."""
-        return (self.model.name, self.gpu.name, self.num_gpus, self.precision.name, self.policy.label)
+        return (self.origin, self.model.name, self.gpu.name, self.num_gpus, self.precision.name, self.policy.label)
 
 
 def kind_of(metric: str) -> str | None:
@@ -192,6 +194,7 @@ class _Reader:
             cached_tokens=self.count("cached_tokens") or 0,
             sparsity=self.sparsity(),
             tokens_per_month=self.positive("tokens_per_month"),
+            origin=" ".join(self.text(column) for column in ("source", "engine", "engine_version")).strip(),
         )
 
     def named(self, column: str, read):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202

@@ -73,23 +73,32 @@ def _reason(scenario: Scenario, constants: Calibration) -> str:
 
 
 def _one(scenario: Scenario, limit: Floors, times: Times, index: int, constants: Calibration) -> Forecast:
-    ttft_ms = max(float(times.ttft_s[index]) * MS_PER_S, limit.ttft_ms.value)
-    tpot_ms = max(float(times.tpot_s[index]) * MS_PER_S, limit.tpot_ms.value)
-    tok_s = min(float(times.tok_s[index]), limit.tok_s.value)
     basis = constants.group(scenario).basis
     note = "calibrated" if basis == FITTED else f"calibrated from {basis}, not from served runs"
 
-    def modeled(value: float, unit: str, band: ErrorBand) -> Measured:
-        low, high = value * math.exp(-band.p90), value * math.exp(band.p90)
-        return Measured(value=value, unit=unit, source=Source.MODELED, low=low, high=high, note=note)
+    def time_ms(seconds: float, least: Measured, metric: str) -> Measured:
+        return _modeled(seconds * MS_PER_S, "ms", constants.band(metric, scenario), note, least=least.value)
 
-    tpot_band = constants.band(TPOT, scenario)
+    ttft_ms = time_ms(float(times.ttft_s[index]), limit.ttft_ms, TTFT)
+    tpot_ms = time_ms(float(times.tpot_s[index]), limit.tpot_ms, TPOT)
+    e2e_s = (ttft_ms.value + (scenario.osl - 1) * tpot_ms.value) / MS_PER_S
+    band = constants.band(THROUGHPUT, scenario)
     return Forecast(
-        ttft_ms=modeled(ttft_ms, "ms", constants.band(TTFT, scenario)),
-        tpot_ms=modeled(tpot_ms, "ms", tpot_band),
-        itl_ms=modeled(tpot_ms, "ms", tpot_band),
-        tok_s=modeled(tok_s, "tok/s", constants.band(THROUGHPUT, scenario)),
-        e2e_ms=modeled(ttft_ms + (scenario.osl - 1) * tpot_ms, "ms", tpot_band),
+        ttft_ms=ttft_ms,
+        tpot_ms=tpot_ms,
+        itl_ms=tpot_ms,
+        tok_s=_modeled(float(times.tok_s[index]), "tok/s", band, note, most=limit.tok_s.value),
+        e2e_ms=time_ms(e2e_s, limit.e2e_ms, TPOT),
         in_flight=float(times.in_flight[index]),
         capacity=float(times.capacity[index]),
     )
+
+
+def _modeled(
+    value: float, unit: str, band: ErrorBand, note: str, *, least: float = 0.0, most: float = math.inf
+) -> Measured:
+    """A forecast with its band; neither it nor an end of the band lies beyond the floor."""
+    low, middle, high = (
+        min(max(value * factor, least), most) for factor in (math.exp(-band.p90), 1.0, math.exp(band.p90))
+    )
+    return Measured(value=middle, unit=unit, source=Source.MODELED, low=low, high=high, note=note)

@@ -91,3 +91,10 @@ def test_end_to_end_is_first_token_plus_steps():
 def test_claims_of_different_machines_are_not_mixed():
     other = {"gpu": "H100", "metric": "cost_per_1m", "value": 0.01, "price_usd_per_gpu_h": 2.2}
     assert audit(rate(600), other)[1].verdict == "possible"
+
+
+def test_claims_of_different_software_are_not_mixed():
+    slow = {"metric": "ttft_ms", "value": 1200, "isl": 512}
+    fast = {"metric": "ttft_ms", "value": 1300, "isl": 4096}
+    assert audit({**slow, "engine": "a"}, {**fast, "engine": "a"})[1].verdict == "inconsistent"
+    assert audit({**slow, "engine": "a"}, {**fast, "engine": "b"})[1].verdict == "possible"

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -129,3 +130,13 @@ def test_eviction_costs_scoring_and_compaction():
     whole = answer(scenario(tp=2, isl=4096, osl=256, concurrency=8)).forecast
     assert whole.tpot_ms.value < rare.tpot_ms.value < often.tpot_ms.value
     assert whole.ttft_ms.value < rare.ttft_ms.value
+
+
+def test_neither_a_forecast_nor_its_band_crosses_the_floor():
+    constants = load_calibration()
+    magic = {name: {**values, "first": 1e-9, "host_ms": 1e-9} for name, values in constants.serving.items()}
+    found = answer(scenario(isl=4096, concurrency=1), replace(constants, serving=magic))
+    assert found.forecast.ttft_ms.value == found.forecast.ttft_ms.low == found.floors.ttft_ms.value
+    wide = answer(scenario(gpu="h200", precision="int4-awq", tp=1, isl=512, osl=256, concurrency=1))
+    assert wide.forecast.tpot_ms.low >= wide.floors.tpot_ms.value
+    assert wide.forecast.tok_s.high <= wide.floors.tok_s.value
