@@ -32,7 +32,7 @@ from trtkit.spec.plan import Limits
 MODEL = small_model()
 TENSORS = random_tensors(MODEL)
 H2O = "h2o:24,sinks=2,recent=6,interval=4"
-PIECE = 64
+PIECE = 32
 
 
 def prompt_of(length, seed=0):
@@ -147,13 +147,13 @@ def test_the_observation_window_scores_what_its_last_queries_see_now():
     spec = parse_kv_policy("snapkv:24,sinks=0,recent=8,interval=4")
     with open_small(MODEL, TENSORS, spec.label) as engine:
         with recorded_logits(engine) as seen:
-            run(engine, request("a", prompt_of(60), 4))
+            run(engine, request("a", prompt_of(30), 4))
         # The oracle's mass is made the window's own by clearing it before the last 8 queries.
         oracle = DenseOracle(MODEL, TENSORS, h2o_policy(parse_kv_policy("h2o:24,sinks=0,recent=8,scorer=sum"), 4))
-        oracle.step(list(prompt_of(60)[:52]))
+        oracle.step(list(prompt_of(30)[:22]))
         for layer in oracle.layers:
             layer.mass[:] = 0
-        logits = oracle.step(list(prompt_of(60)[52:]))[-1]
+        logits = oracle.step(list(prompt_of(30)[22:]))[-1]
         oracle.evict()
         for row in np.concatenate(seen):
             np.testing.assert_allclose(row, logits, atol=1e-4)
@@ -191,7 +191,7 @@ def test_the_cache_never_holds_more_than_budget_and_piece():
 
 def test_a_piece_finds_room_beside_a_full_batch_of_decoding_requests():
     budget = h2o_policy(parse_kv_policy(H2O), 4).budget
-    assert prefill_piece(budget, Limits(max_num_tokens=64, max_batch_size=8)) == 57
+    assert prefill_piece(budget, Limits(max_num_tokens=32, max_batch_size=8)) == 25
     assert prefill_piece(budget, Limits(max_num_tokens=4, max_batch_size=8)) == 1
     assert prefill_piece(replace(budget, tokens=4096), Limits()) == 128
 
@@ -499,8 +499,8 @@ def test_side_bytes_are_what_ledgers_and_rings_hold_and_go_with_their_request():
             seen.append((len(observer._tracked), ledgers, engine.kv_stats().side_bytes))
         ring = 32 * 2 * MODEL.num_layers * MODEL.num_heads * MODEL.head_dim * 4
     assert max(count for count, _, _ in seen) == 2
-    assert (2, 2 * 2 * 2 * (24 + 64) * 8) in {(count, held) for count, held, _ in seen}
-    assert max(total for _, _, total in seen) == 2 * 2 * 2 * (24 + 64) * 8 + ring
+    assert (2, 2 * 2 * 2 * (24 + PIECE) * 8) in {(count, held) for count, held, _ in seen}
+    assert max(total for _, _, total in seen) == 2 * 2 * 2 * (24 + PIECE) * 8 + ring
 
 
 def test_a_bfloat16_cache_evicts_and_moves_rows_bit_by_bit():

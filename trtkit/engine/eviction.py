@@ -34,13 +34,13 @@ from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
 
 RING_QUERIES = 32  # decode queries that wait for one pass over the keys; more would read less and hold more
-_MIN_PIECE = 64
+_MIN_PIECE = 32
 _PIECES_PER_BUDGET = 32
 _GATHERED_ELEMENTS = 1 << 21
 
 
 def prefill_piece(budget: Budget, limits: Limits) -> int:
-    """Tokens of a prompt between two evictions: 64, or a 32nd of a large budget, so the peak stays near the budget.
+    """Tokens of a prompt between two evictions: 32, or a 32nd of a large budget, so the peak stays near the budget.
 
     A piece is fed whole, so it must find room in a step beside a full batch of decoding requests.
     """
