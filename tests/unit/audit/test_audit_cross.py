@@ -94,7 +94,7 @@ def test_claims_of_different_machines_are_not_mixed():
 
 
 def test_claims_of_different_software_are_not_mixed():
-    slow = {"metric": "ttft_ms", "value": 1200, "isl": 512}
-    fast = {"metric": "ttft_ms", "value": 1300, "isl": 4096}
+    slow = {"metric": "ttft_ms", "value": 3000, "isl": 512}
+    fast = {"metric": "ttft_ms", "value": 3100, "isl": 4096}
     assert audit({**slow, "engine": "a"}, {**fast, "engine": "a"})[1].verdict == "inconsistent"
     assert audit({**slow, "engine": "a"}, {**fast, "engine": "b"})[1].verdict == "possible"
