@@ -13,7 +13,7 @@ _MAX_LOGITS = 1 << 21
 """Logits held at once: 8 MiB, about what a core's caches hold."""
 
 
-def column_mass(
+def column_mass(  # noqa: PLR0913 - two tensors of queries, two of keys, and knobs by keyword
     queries_LTHD: Tensor,
     keys_LHND: Tensor,
     positions_LHN: Tensor,
@@ -21,6 +21,7 @@ def column_mass(
     weights_T: Tensor,
     *,
     settled: int = 0,
+    max_logits: int = _MAX_LOGITS,
 ) -> Tensor:
     """Weighted softmax mass each key receives, summed over queries and the query heads of its KV head.
 
@@ -31,6 +32,7 @@ def column_mass(
         query_positions_T: positions of the queries, same integer type.
         weights_T: fp32, what each query counts.
         settled: that many slots in front are older than every query; their positions are not looked at.
+        max_logits: fp32 logits held at once; a GPU wants more than the default, which suits a core's caches.
 
     Returns:
         fp32 [L, H, N].
@@ -41,7 +43,7 @@ def column_mass(
     group = grouped.shape[3]
     mass = torch.zeros(layers, heads, live, dtype=torch.float32, device=keys_LHND.device)
     keys = keys_LHND.float().transpose(-1, -2)
-    tile = max(1, _MAX_LOGITS // max(1, layers * heads * group * live))
+    tile = max(1, max_logits // max(1, layers * heads * group * live))
     for first in range(0, count, tile):
         rows = slice(first, min(count, first + tile))
         size = rows.stop - first
