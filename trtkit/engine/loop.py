@@ -9,7 +9,6 @@ from collections.abc import Generator, Iterable, Iterator
 
 import torch
 
-from trtkit.engine.admission import check_request
 from trtkit.engine.batch import RowInput
 from trtkit.engine.block_pool import BlockPool
 from trtkit.engine.observer import EvictionCounters
@@ -20,6 +19,7 @@ from trtkit.engine.scheduler import Scheduler, Step
 from trtkit.engine.scoring import ScoringRun
 from trtkit.engine.sequence import Sequence
 from trtkit.engine.weights import ModelWeights
+from trtkit.spec.admission import check_request
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import EngineInfo, FinishReason, KVStats, Request, ScoreRequest, ScoreResult, TokenEvent
 from trtkit.spec.errors import EngineError, TrtkitError, UnsupportedError, UsageError

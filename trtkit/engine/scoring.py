@@ -15,11 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from trtkit.engine.admission import check_score_request
 from trtkit.engine.batch import RowInput
 from trtkit.engine.runner import ModelRunner
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
+from trtkit.spec.admission import check_score_request
 from trtkit.spec.engine import ContinuationScore, Request, ScoreRequest, ScoreResult
 from trtkit.spec.errors import CapacityError, TrtkitError
 from trtkit.spec.kv import KVPolicySpec
