@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from trtkit.backends.tokenizer import Tokenizer
 from trtkit.quality.journal import Journal
+from trtkit.quality.scoring import ContinuationScorer
 from trtkit.spec.codec import to_plain
-from trtkit.spec.engine import Engine, Request, Sampling, TokenEvent
+from trtkit.spec.engine import Engine, KVStats, Request, Sampling, TokenEvent
 from trtkit.spec.errors import MeasurementError
-from trtkit.spec.progress import Progress, no_progress
+from trtkit.spec.progress import no_progress
 
 _BYTES_PER_CHARACTER = 4
 
@@ -35,23 +36,22 @@ class Generated:
 
 
 def generate_texts(
-    engine: Engine,
-    decoder: Tokenizer,
-    jobs: Sequence[Job],
-    *,
-    journal: Journal | None = None,
-    engine_digest: str = "",
-    progress: Progress = no_progress,
+    engine: Engine, decoder: Tokenizer, jobs: Sequence[Job], scoring: ContinuationScorer | None = None
 ) -> list[Generated]:
-    """Run all jobs on the engine at once; finished ones are in the journal.
+    """Run all jobs on the engine at once.
+
+    `scoring` brings the journal that keeps finished texts, the progress, and the counts that are added to.
 
     Raises:
         MeasurementError: the engine refused a request.
     """
-    journal = journal or Journal()
-    keys = [Journal.key({"engine": engine_digest, "job": to_plain(job)}) for job in jobs]
+    journal = Journal() if scoring is None else scoring.journal
+    progress = no_progress if scoring is None else scoring.progress
+    digest = "" if scoring is None else scoring.engine_digest
+    keys = [Journal.key({"engine": digest, "job": to_plain(job)}) for job in jobs]
     todo = {key: job for key, job in zip(keys, jobs, strict=True) if journal.get(key) is None}
     total = len(set(keys))
+    before = engine.kv_stats()
     progress("generate", total - len(todo), total)
     finished = 0
     for key, ids in _run(engine, decoder, todo):
@@ -61,8 +61,35 @@ def generate_texts(
         progress("generate", total - len(todo) + finished, total)
     if finished < len(todo):
         raise MeasurementError(f"the engine left {len(todo) - finished} of {len(todo)} requests unanswered")
-    stored = [journal.get(key) for key in keys]
-    return [Generated(text=value["text"], token_ids=tuple(value["ids"])) for value in stored]
+    results = [
+        Generated(text=value["text"], token_ids=tuple(value["ids"])) for value in (journal.get(key) for key in keys)
+    ]
+    if scoring is not None:
+        scoring.counts.resumed += total - len(todo)
+        _count_evictions(scoring, jobs, results, (before, engine.kv_stats()), resumed=len(todo) < total)
+    return results
+
+
+def _count_evictions(
+    scoring: ContinuationScorer,
+    jobs: Sequence[Job],
+    results: Sequence[Generated],
+    stats: tuple[KVStats, KVStats],
+    *,
+    resumed: bool,
+) -> None:
+    """Add this run's evictions; a text was acted on if it outgrew the budget (kept texts evicted in their own run)."""
+    evictions = max(0, stats[1].evictions - stats[0].evictions)
+    scoring.counts.evictions += evictions
+    scoring.counts.tokens_evicted += max(0, stats[1].tokens_evicted - stats[0].tokens_evicted)
+    policy = scoring.info.kv_policy
+    if policy.is_full or (evictions == 0 and not resumed):
+        return
+    budget, slack = scoring.budget, policy.interval or 0
+    scoring.counts.acted += sum(
+        len(job.prompt_ids) > budget or len(job.prompt_ids) + len(result.token_ids) > budget + slack
+        for job, result in zip(jobs, results, strict=True)
+    )
 
 
 def _run(engine: Engine, decoder: Tokenizer, jobs: dict[str, Job]) -> Iterator[tuple[str, list[int]]]:

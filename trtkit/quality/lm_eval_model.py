@@ -152,14 +152,7 @@ class EngineLM(TemplateLM):  # type: ignore[misc]
         room = [self.engine.info.max_seq_len - job.max_tokens for job in jobs]
         self.scoring.count_truncated(sum(len(job.prompt_ids) > r for job, r in zip(jobs, room, strict=True)), len(jobs))
         jobs = [replace(job, prompt_ids=job.prompt_ids[-r:]) for job, r in zip(jobs, room, strict=True)]
-        done = generate_texts(
-            self.engine,
-            self.text,
-            jobs,
-            journal=self.scoring.journal,
-            engine_digest=self.scoring.engine_digest,
-            progress=self.scoring.progress,
-        )
+        done = generate_texts(self.engine, self.text, jobs, self.scoring)
         for request, result in zip(requests, done, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, result.text)
         return [result.text for result in done]

@@ -43,39 +43,32 @@ def answer_prompts(
         Job(prompt_ids=tokens, max_tokens=prompt.max_tokens or max_tokens, stop_ids=stops)
         for prompt, tokens in zip(prompts.prompts, ids, strict=True)
     ]
-    before = engine.kv_stats()
-    answers = generate_texts(
-        engine,
-        tokenizer,
-        jobs,
-        journal=scoring.journal,
-        engine_digest=scoring.engine_digest,
-        progress=scoring.progress,
-    )
-    after = engine.kv_stats()
-    counts = ScoringCounts(
-        contexts=len(jobs),
-        evictions=max(0, after.evictions - before.evictions),
-        tokens_evicted=max(0, after.tokens_evicted - before.tokens_evicted),
-    )
-    records = _answer_records(source, prompts, answers, counts, max_tokens)
+    scoring.counts = ScoringCounts(contexts=len(jobs))
+    answers = generate_texts(engine, tokenizer, jobs, scoring)
+    checks = eviction_check(scoring.info, scoring.counts)
+    records = _answer_records(source, prompts, answers, (scoring.counts, checks), max_tokens)
     return PromptRun(engine=source.engine, prompt_ids=tuple(ids), answers=tuple(answers), records=records)
 
 
 def _answer_records(
-    source: QualitySource, prompts: PromptSet, answers: list[Generated], counts: ScoringCounts, max_tokens: int
+    source: QualitySource,
+    prompts: PromptSet,
+    answers: list[Generated],
+    counted: tuple[ScoringCounts, tuple[Check, ...]],
+    max_tokens: int,
 ) -> tuple[QualityResult, ...]:
+    counts, checks = counted
     protocol = f"{prompts.protocol}, up to {max_tokens} tokens"
     records = []
     for check, outcomes in grade_answers(prompts.prompts, answers).items():
         spec = MetricSpec(task=prompts.name, metric=check, unit=_CHECK_UNIT, protocol=protocol)
-        records.append(quality_result(source, spec, outcomes, counts=counts, checks=()))
+        records.append(quality_result(source, spec, outcomes, counts=counts, checks=checks))
     lengths = [
         DocumentOutcome(document=p.id, group=p.group, score=float(len(a.token_ids)), prediction=a.text)
         for p, a in zip(prompts.prompts, answers, strict=True)
     ]
     spec = MetricSpec(task=prompts.name, metric="generated_tokens", unit="tokens", protocol=protocol, better="neither")
-    records.append(quality_result(source, spec, lengths, counts=counts, checks=()))
+    records.append(quality_result(source, spec, lengths, counts=counts, checks=checks))
     return tuple(records)
 
 

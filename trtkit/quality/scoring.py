@@ -79,6 +79,12 @@ class ContinuationScorer:
     progress: Progress = no_progress
     counts: ScoringCounts = field(default_factory=ScoringCounts)
 
+    @property
+    def budget(self) -> int:
+        """Tokens the engine's policy keeps; a share is one of max_seq_len, as engines take it. 0 without a policy."""
+        policy = self.info.kv_policy
+        return 0 if policy.is_full else policy.resolved(self.info.max_seq_len).budget or 0
+
     def score(self, items: Sequence[Item], phase: str = "score") -> list[tuple[float, bool]]:
         """Sum of natural-log probabilities and "every token is the greedy one", per item in order.
 
@@ -198,7 +204,5 @@ class ContinuationScorer:
         """Add one stored result's evictions; it "acted" if a piece was longer than the budget before the score."""
         self.counts.evictions += value["evictions"]
         self.counts.tokens_evicted += value["tokens_evicted"]
-        # Engines take a share of max_seq_len; a piece within the budget is never evicted before what follows is read.
-        policy = self.info.kv_policy
-        budget = 0 if policy.is_full else policy.resolved(self.info.max_seq_len).budget or 0
-        self.counts.acted += value["evictions"] > 0 and any(end > budget for end in request.chunk_ends)
+        # A piece within the budget is never evicted before what follows is read.
+        self.counts.acted += value["evictions"] > 0 and any(end > self.budget for end in request.chunk_ends)

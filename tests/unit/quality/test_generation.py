@@ -9,9 +9,10 @@ import pytest
 from support.fake_scorer import EOS, BigramEngine, ByteTokenizer
 
 from trtkit.quality.generation import Job, cut_at, generate_texts
-from trtkit.quality.journal import Journal
+from trtkit.quality.scoring import ContinuationScorer
 from trtkit.spec.engine import FinishReason, TokenEvent
 from trtkit.spec.errors import MeasurementError
+from trtkit.spec.kv import KVPolicySpec
 
 
 def writer(text: str) -> BigramEngine:
@@ -50,11 +51,38 @@ def test_equal_jobs_are_run_once_and_answered_each() -> None:
 
 
 def test_finished_texts_come_from_the_journal() -> None:
-    journal = Journal()
-    generate_texts(writer("abc"), ByteTokenizer(), [job()], journal=journal)
+    engine = writer("abc")
+    scoring = ContinuationScorer(scorer=engine, info=engine.info)
+    generate_texts(engine, ByteTokenizer(), [job()], scoring)
     silent = writer("abc")
     silent.generate = lambda requests: iter(())  # type: ignore[method-assign,assignment,misc]
-    assert generate_texts(silent, ByteTokenizer(), [job()], journal=journal)[0].text == "bc"
+    assert generate_texts(silent, ByteTokenizer(), [job()], scoring)[0].text == "bc"
+    assert scoring.counts.resumed == 1
+
+
+@pytest.mark.parametrize(("budget", "acted"), [(3, 1), (100, 0)])
+def test_texts_that_outgrew_the_budget_count_as_acted_on(budget: int, acted: int) -> None:
+    engine = writer("abcdefgh")
+    engine.kv = KVPolicySpec(kind="window", budget=budget)
+    generate = engine.generate
+
+    def evicting(requests):  # type: ignore[no-untyped-def]
+        yield from generate(requests)
+        engine.evictions += 2
+        engine.tokens_evicted += 5
+
+    engine.generate = evicting  # type: ignore[method-assign]
+    scoring = ContinuationScorer(scorer=engine, info=engine.info)
+    generate_texts(engine, ByteTokenizer(), [job()], scoring)
+    assert (scoring.counts.acted, scoring.counts.evictions, scoring.counts.tokens_evicted) == (acted, 2, 5)
+
+
+def test_an_engine_that_never_evicted_did_not_act() -> None:
+    engine = writer("abcdefgh")
+    engine.kv = KVPolicySpec(kind="window", budget=3)
+    scoring = ContinuationScorer(scorer=engine, info=engine.info)
+    generate_texts(engine, ByteTokenizer(), [job()], scoring)
+    assert scoring.counts.acted == 0
 
 
 def test_a_refused_prompt_is_an_invalid_measurement() -> None:
