@@ -83,6 +83,11 @@ def limit_of(claim: Claim) -> Limit:
 
 def _speed(claim: Claim) -> Limit:
     scenario = scenario_of(claim)
+    held = work.weight_bytes(claim.model, claim.precision.quant) / GB
+    room = claim.num_gpus * claim.gpu.memory_bytes / GB
+    if held > room:
+        text = f"{held:.2f} GB of weights do not fit {claim.num_gpus} x {claim.gpu.title} ({room:.1f} GB)"
+        return Limit(limit=None, share=held / room, arithmetic=text)
     if claim.kind in (c.TTFT, c.TPOT, c.E2E):
         return _latency(claim, scenario)
     step_s, text = _step(claim, scenario)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trtkit.plan import work
 from trtkit.plan.calibration import FITTED, Calibration, ErrorBand, load_calibration, rates_of
 from trtkit.plan.perfmodel import Times, closed_loop
-from trtkit.plan.roofline import Floors, floors
+from trtkit.plan.roofline import Floors, floors, max_sequences
 from trtkit.plan.scenario import Scenario, load_of
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.measured import Measured, Source
-from trtkit.spec.units import MS_PER_S
+from trtkit.spec.units import MS_PER_S, format_gib
 
 THROUGHPUT, TPOT, TTFT = "throughput", "tpot", "ttft"
 
@@ -69,6 +70,12 @@ def _reason(scenario: Scenario, constants: Calibration) -> str:
         constants.group(scenario)
     except UnsupportedError as error:
         return str(error)
+    held = work.weight_bytes(scenario.model, scenario.precision.quant)
+    room = scenario.num_gpus * scenario.gpu.memory_bytes
+    if held > room:
+        return f"does not fit: {format_gib(held)} of weights, {format_gib(room)} on {scenario.num_gpus} GPUs"
+    if max_sequences(scenario) < 1:
+        return f"does not fit: {format_gib(room - held)} beside the weights do not hold one request of this length"
     return ""
 
 

@@ -158,3 +158,10 @@ def test_a_unit_in_the_metrics_name_counts():
 @pytest.mark.parametrize("column", ["name", "model", "gpu", "num_gpus", "kv_dtype", "price_usd_per_gpu_h", "notes"])
 def test_a_configurations_columns_are_no_metrics(column):
     assert kind_of(column) is None
+
+
+def test_a_speed_without_room_for_the_weights_is_impossible():
+    found = one("decode_tok_s_user", 5, gpu="H100", num_gpus=1, isl=512)
+    assert found.verdict == "impossible"
+    assert found.share_of_limit == pytest.approx(1.65, abs=0.01)
+    assert "do not fit" in found.arithmetic

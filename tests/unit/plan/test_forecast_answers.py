@@ -140,3 +140,10 @@ def test_neither_a_forecast_nor_its_band_crosses_the_floor():
     wide = answer(scenario(gpu="h200", precision="int4-awq", tp=1, isl=512, osl=256, concurrency=1))
     assert wide.forecast.tpot_ms.low >= wide.floors.tpot_ms.value
     assert wide.forecast.tok_s.high <= wide.floors.tok_s.value
+
+
+@pytest.mark.parametrize(("tp", "isl"), [(1, 512), (2, 200_000)])
+def test_what_does_not_fit_is_not_forecast(tp, isl):
+    found = answer(scenario(gpu="a100", precision="fp16", tp=tp, isl=isl, osl=10, concurrency=1))
+    assert found.forecast is None
+    assert "does not fit" in found.reason
