@@ -481,7 +481,9 @@ def main() -> None:
     compare_peer(fit, errors, args.facts / "aiconfigurator-estimates.csv")
     if args.dry_run:
         return
-    BUILT_IN.write_text(json.dumps(calibration(fit, vector, errors, args.facts, args.folds), indent=1) + "\n", encoding="utf-8")
+    BUILT_IN.write_text(
+        json.dumps(calibration(fit, vector, errors, args.facts, args.folds), indent=1) + "\n", encoding="utf-8"
+    )
     print(f"wrote {BUILT_IN}")
 
 
