@@ -47,7 +47,7 @@ class LayerObserver(Protocol):
         """
 
     def end_step(self, batch: Batch) -> None:
-        """May compact rows with `ends_piece` and `observed`: `PagedCache.compact`, set `cache_len`, `Scheduler.trim`."""
+        """May compact rows with `ends_piece` and `observed`: `move_slots`, set `cache_len`, `Scheduler.trim`."""
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is stored about a sequence. Unknown sequences are ignored."""

@@ -107,31 +107,5 @@ class PagedCache:
         keys, values = kv.view(2, self.num_kv_heads, -1, self.head_dim)[:, :, :length]
         return keys, values
 
-    def compact(self, block_table: Sequence[int], keep: Sequence[Tensor]) -> int:
-        """Keep some slots of one sequence and move them to its front, in order.
-
-        Args:
-            block_table: the sequence's blocks.
-            keep: per layer, ascending slots [H, kept] per KV head; `kept` is the same everywhere.
-
-        Returns:
-            The new live length. The caller sets `cache_len` and frees the tail blocks.
-        """
-        kept = int(keep[0].shape[1])
-        table = torch.tensor(block_table, device=self.device)
-        target = self._slot_rows(table, torch.arange(kept, device=self.device).expand(self.num_kv_heads, -1))
-        for layer, slots in enumerate(keep):
-            assert slots.shape == (self.num_kv_heads, kept), "every layer and head keeps the same number"
-            rows = self.rows(layer)
-            rows.index_copy_(0, target, rows.index_select(0, self._slot_rows(table, slots)))
-        return kept
-
-    def _slot_rows(self, table: Tensor, slots: Tensor) -> Tensor:
-        """Rows of `slots` [H, kept], keys then values: [2 * H * kept]."""
-        block = table[torch.div(slots, self.tokens_per_block, rounding_mode="floor")]
-        side_head = torch.arange(2 * self.num_kv_heads, device=self.device).view(2, -1, 1)
-        rows = (block * (2 * self.num_kv_heads) + side_head) * self.tokens_per_block + slots % self.tokens_per_block
-        return rows.reshape(-1)
-
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows.reshape(-1).astype(np.int64, copy=False)).to(self.device)

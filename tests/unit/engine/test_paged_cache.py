@@ -84,16 +84,3 @@ def test_clear_zeroes_only_the_blocks_named() -> None:
     for layer in cache.layers:
         assert not layer[[1, 4]].any()
         assert layer[[0, 2, 3, 5]].isnan().all()
-
-
-def test_compact_keeps_each_heads_own_slots_in_order() -> None:
-    cache = _cache()
-    table = [5, 0, 2]
-    filled = [_fill(cache, table, 8, layer) for layer in range(2)]
-    keep = [torch.tensor([[0, 3, 7], [1, 2, 6]]), torch.tensor([[2, 4, 5], [0, 6, 7]])]
-    assert cache.compact(table, keep) == 3
-    for layer, (keys, values) in enumerate(filled):
-        read_keys, read_values = cache.read(layer, table[:1], 3)
-        for head in range(2):
-            assert torch.equal(read_keys[head], keys[head, keep[layer][head]])
-            assert torch.equal(read_values[head], values[head, keep[layer][head]])
