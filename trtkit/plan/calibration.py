@@ -29,6 +29,8 @@ from trtkit.spec.errors import UnsupportedError
 BUILT_IN = Path(__file__).with_name("calibration.json")
 FITTED, OP_TABLES, BORROWED = "fitted", "op tables", "borrowed"
 LATEST = "1.2"
+CALIBRATED_PARAMS = (50e9, 90e9)
+"""Sizes of the models in the fit, roughly; forecasts of others have a wider band."""
 FIRST_NEW_SCHEDULER = (0, 15)
 """The release from which published throughput follows today's scheduler."""
 
@@ -109,9 +111,17 @@ class Calibration:
                 break
         else:
             raise AssertionError(f"no error band for {metric}")
-        if self.group(scenario).basis == FITTED:
+        if not self.caveat(scenario):
             return band
         return ErrorBand(median=2 * band.median, p90=2 * band.p90, rows=band.rows)
+
+    def caveat(self, scenario: Scenario) -> str:
+        """What makes a forecast less sure than the left-out errors say; empty if nothing does."""
+        basis = self.group(scenario).basis
+        if basis != FITTED:
+            return f"calibrated from {basis}, not from served runs"
+        low, high = CALIBRATED_PARAMS
+        return "" if low <= scenario.model.num_params <= high else "calibrated on 70B models only"
 
 
 @cache

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trtkit.plan import work
-from trtkit.plan.calibration import FITTED, Calibration, ErrorBand, load_calibration, rates_of
+from trtkit.plan.calibration import Calibration, ErrorBand, load_calibration, rates_of
 from trtkit.plan.perfmodel import Times, closed_loop
 from trtkit.plan.roofline import Floors, floors, max_sequences
 from trtkit.plan.scenario import Scenario, load_of
@@ -80,8 +80,7 @@ def _reason(scenario: Scenario, constants: Calibration) -> str:
 
 
 def _one(scenario: Scenario, limit: Floors, times: Times, index: int, constants: Calibration) -> Forecast:
-    basis = constants.group(scenario).basis
-    note = "calibrated" if basis == FITTED else f"calibrated from {basis}, not from served runs"
+    note = constants.caveat(scenario) or "calibrated"
 
     def time_ms(seconds: float, least: Measured, metric: str) -> Measured:
         return _modeled(seconds * MS_PER_S, "ms", constants.band(metric, scenario), note, least=least.value)

@@ -147,3 +147,10 @@ def test_what_does_not_fit_is_not_forecast(tp, isl):
     found = answer(scenario(gpu="a100", precision="fp16", tp=tp, isl=isl, osl=10, concurrency=1))
     assert found.forecast is None
     assert "does not fit" in found.reason
+
+
+def test_a_model_of_another_size_has_a_wider_band_and_a_note():
+    known = answer(scenario(concurrency=8)).forecast.ttft_ms
+    small = answer(replace(scenario(concurrency=8), model=model_preset("llama-3-8b"))).forecast.ttft_ms
+    assert "70B models only" in small.note
+    assert small.high / small.value > known.high / known.value
