@@ -67,11 +67,15 @@ class GroupResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QualityComparison:
-    """One task's metric: both scores, the paired result, and its subjects. `invalid` says why there is no verdict."""
+    """One task's metric: both scores, the paired result, and its subjects. `invalid` says why there is no verdict.
+
+    Where `better` is "neither" (the length of answers), the result's "better" means more of it.
+    """
 
     task: str
     metric: str
     unit: str
+    better: str
     reference: float
     candidate: float
     paired: PairedResult | None
@@ -269,6 +273,7 @@ def compare_quality(pair: QualityPair) -> QualityComparison:
         task=pair.candidate.task,
         metric=pair.candidate.metric,
         unit=pair.candidate.unit,
+        better=pair.candidate.better,
         reference=pair.reference.score,
         candidate=pair.candidate.score,
         paired=paired,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from trtkit.quality.compare import Comparison, QualityComparison, RatioResult, difference_unit
-from trtkit.quality.paired import ALPHA, Verdict
+from trtkit.quality.paired import ALPHA, PairedResult, Verdict
 from trtkit.quality.table import table
 from trtkit.spec.metrics import METRICS
 from trtkit.spec.units import format_gib
@@ -96,7 +96,7 @@ def _quality(title: str, found: Sequence[QualityComparison]) -> Block:
                 difference,
                 f"{p.p_value:.2g} ({p.test})",
                 str(p.n),
-                _verdict(p.verdict, p.needed),
+                _verdict(q, p),
             )
         )
         remarks += _subjects(q)
@@ -104,8 +104,11 @@ def _quality(title: str, found: Sequence[QualityComparison]) -> Block:
     return Block(title=f"Quality: {title}", rows=tuple(rows), remarks=tuple(dict.fromkeys(remarks)))
 
 
-def _verdict(verdict: Verdict, needed: int | None) -> str:
-    return verdict.value if needed is None else f"{verdict.value} (about {needed} documents would decide)"
+def _verdict(q: QualityComparison, p: PairedResult) -> str:
+    word = p.verdict.value
+    if q.better == "neither":
+        word = {Verdict.BETTER: "more", Verdict.WORSE: "less"}.get(p.verdict, word)
+    return word if p.needed is None else f"{word} (about {p.needed} documents would decide)"
 
 
 def _subjects(q: QualityComparison) -> Iterable[str]:

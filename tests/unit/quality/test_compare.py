@@ -181,6 +181,16 @@ def test_what_only_one_side_has_is_said() -> None:
     assert found.remarks[0].startswith("1 workloads are on both sides (2 and 1 recorded)")
 
 
+def test_longer_answers_are_more_not_better() -> None:
+    sides = [
+        side(n, quality(n, v, metric="generated_tokens", unit="tokens", better="neither"))
+        for n, v in (("fp32", [10.0, 12.0, 14.0, 11.0]), ("int8", [20.0, 22.5, 24.0, 21.0]))
+    ]
+    text = render_comparisons(compare_sides(sides), [], "console")
+    assert " more" in text
+    assert "better" not in text.replace("positive is better", "")
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_format_shows_verdicts_and_escapes_names(fmt: str) -> None:
     scores = [float(i % 3 > 0) for i in range(60)]
