@@ -196,8 +196,11 @@ class EvictionObserver:
         index = self._cache.gather_rows(table)
         index = index[: index.numel() // 2]  # keys come first, then values
         heads, dim = self._cache.num_kv_heads, self._cache.head_dim
-        gathered = [self._cache.block_rows(layer).index_select(0, index) for layer in layers]
-        return torch.stack(gathered).view(len(layers), heads, -1, dim)[:, :, :length]
+        stored = self._cache.block_rows(0)
+        gathered = stored.new_empty(len(layers), index.numel(), stored.shape[1])
+        for place, layer in zip(gathered, layers, strict=True):
+            torch.index_select(self._cache.block_rows(layer), 0, index, out=place)
+        return gathered.view(len(layers), heads, -1, dim)[:, :, :length]
 
     def _mass(self, tracked: Tracked, layers: slice, queries: Tensor, keys: Tensor, first: int) -> Tensor:
         """Mass of consecutive queries [L, T, Hq, D] at positions from `first`, weighted as the ledger wants it."""
