@@ -21,7 +21,7 @@ from trtkit.spec.kv import KVFidelity
 from trtkit.spec.measured import Source
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.result import BenchResult
-from trtkit.spec.units import MILLION
+from trtkit.spec.units import MILLION, format_count
 
 DEFAULT_BUSY = 0.5
 """Share of a month that serving machines do useful work, where nobody has measured it: assumed."""
@@ -264,7 +264,7 @@ def _readiness(saving: float, quality: Sequence[QualityComparison]) -> tuple[Rea
         )
         more = f"; about {needed} documents would decide" if needed else ""
         return Readiness.MEASURE, f"{still[0].task}/{still[0].metric} is undecided{more}"
-    return Readiness.SHIP, f"{len(verdicts)} task metrics paired, none worse by more than its margin"
+    return Readiness.SHIP, f"none of {len(verdicts)} paired metrics is worse by more than its margin"
 
 
 def _cautions(situation: Situation, plan: BuildPlan, baseline: Running, levers: Sequence[Lever]) -> list[str]:
@@ -277,7 +277,7 @@ def _cautions(situation: Situation, plan: BuildPlan, baseline: Running, levers: 
         )
     if plan.model.num_params < SMALL_MODEL_PARAMS:
         cautions.append(
-            f"{plan.model.name} has {plan.model.num_params / 1e9:.2g}B parameters; up to about 8B, tune batching before "
+            f"{plan.model.name} has {format_count(plan.model.num_params)} parameters; up to about 8B, tune batching before "
             "touching weights or cache"
         )
     if baseline.machines == 1 and all(lever.running.machines == 1 for lever in levers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 
 from trtkit.quality.advice import Advice, Lever, Readiness
 from trtkit.quality.compare import QualityComparison
@@ -29,7 +30,7 @@ def render_advice(advice: Advice, fmt: str) -> str:
     if fmt == "html":
         body = "".join(f"<p>{html.escape(p)}</p>{html_block(block)}" for block, p in sections)
         body += "".join(
-            f"<section><h2>{title}</h2><ol>{''.join(f'<li>{html.escape(t)}</li>' for t in items)}</ol></section>"
+            f"<section><h2>{title}</h2><ol>{''.join(f'<li>{_coded(t)}</li>' for t in items)}</ol></section>"
             for title, items in lists
         )
         return html_page(TITLE, body)
@@ -38,6 +39,11 @@ def render_advice(advice: Advice, fmt: str) -> str:
     for title, items in lists:
         parts += [f"## {title}", "", *(f"{n}. {_plain(text)}" for n, text in enumerate(items, start=1)), ""]
     return "\n".join(parts)
+
+
+def _coded(text: str) -> str:
+    """Escaped, with what stands in backticks as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
 def _plain(text: str) -> str:
@@ -71,7 +77,9 @@ def _blocks(advice: Advice) -> list[Block]:
 
 
 def _row(lever: Lever, baseline_usd: float) -> tuple[str, str, str, str, str, str]:
-    saving = f"{lever.saving_usd_month:+,.0f} USD ({lever.saving_usd_month / baseline_usd:+.0%}), {lever.running.source.value}"
+    share = lever.saving_usd_month / baseline_usd
+    # Prices and the busy share are assumptions, so the saving is assumed however well the throughput was measured.
+    saving = f"{lever.saving_usd_month:+,.0f} USD ({share:+.0%}), assumed, from {lever.running.source.value} throughput"
     quality = "; ".join(_quality(q) for q in lever.quality) or "not measured"
     verdict = f"{lever.readiness.value}: {lever.reason}"
     return lever.running.name, "; ".join(lever.changes), saving, lever.friction_word, quality, verdict
