@@ -20,7 +20,7 @@ Format = Annotated[str, typer.Option("--format", help="md or html.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Write there instead of printing.")]
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     sides: Sides,
     traffic: Traffic,
     spend: Spend = None,

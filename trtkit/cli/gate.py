@@ -27,7 +27,7 @@ Summary = Annotated[
 ]
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     reference: Side,
     candidate: Side,
     rules: Rules = None,
