@@ -162,3 +162,15 @@ def test_half_a_character_waits_for_the_rest() -> None:
     tokenizer = LetterTokenizer()
     assert _next_piece(tokenizer, [1, 90], '"', final=False) == ("", '"')
     assert _next_piece(tokenizer, [1, 90], '"', final=True) == ("\ufffd", '"\ufffd')
+
+
+def test_chat_with_json_answers_each_line_with_one_object(engine_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtkit.cli.generate_run.load_tokenizer", lambda _: LetterTokenizer())
+    arguments = ["chat", str(engine_dir), "--max-tokens", "4", "--temperature", "0", "--json"]
+    result = CliRunner().invoke(build_app({"chat"}), arguments, input=f"hi\n\n{'x' * 80}\n/exit\nunread\n")
+    assert result.exit_code == 0, result.output
+    answered, refused = (json.loads(line) for line in result.stdout.splitlines())
+    assert (answered["user"], answered["error"]) == ("hi", None)
+    assert answered["assistant"]
+    assert refused["assistant"] == ""
+    assert "max_seq_len" in refused["error"]

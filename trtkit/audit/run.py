@@ -21,6 +21,17 @@ from trtkit.spec.errors import InputError
 from trtkit.spec.result import BENCH_KIND, QUALITY_KIND, BenchResult, QualityResult
 
 
+_PACKAGE = Path(__file__).parents[1]
+_EXAMPLES = (_PACKAGE / "data" / "examples", _PACKAGE.parent / "docs" / "examples")
+
+
+def shipped_example(path: Path) -> Path:
+    """`examples/NAME` is the shipped example of that name, unless such a file exists here; any other path is itself."""
+    if path.parent == Path("examples") and not path.exists():
+        return next((folder / path.name for folder in _EXAMPLES if (folder / path.name).is_file()), path)
+    return path
+
+
 def audit_file(
     path: Path, *, defaults: Mapping[str, str] | None = None, catalogs: Sequence[Path] = ()
 ) -> tuple[Finding, ...]:
@@ -29,6 +40,7 @@ def audit_file(
     Raises:
         InputError: the file cannot be read or holds no claims; a wrong row is a finding, not an error.
     """
+    path = shipped_example(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

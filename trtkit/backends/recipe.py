@@ -23,6 +23,8 @@ from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import TARGETS, BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import QuantSpec, quant_for
 from trtkit.spec.units import GIB, KIB, MIB
+from trtkit.trtllm.installed import installation
+from trtkit.trtllm.requirements import choose_target
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,6 +56,7 @@ class BuildOptions:
     tokens_per_block: int | None = None
     kv_memory: str | None = None
     kv_fraction: float | None = None
+    allow_approximate: bool | None = None
 
     def over(self, base: BuildOptions) -> BuildOptions:
         """These options, with `base`'s value where nothing was said."""
@@ -117,12 +120,12 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     if options.model is None:
         raise UsageError("nothing to build: name a recipe or give --model DIRECTORY, PRESET or HUB_ID")
     gpu = gpu_spec(options.gpu or CPU).name
-    target = _target(options.target, gpu)
+    kv = parse_kv_policy(options.kv or "full")
+    target, _ = resolve_target(options)
     if not dry_run:
         builder_of(target)
     source = resolve_model(options.model, name=options.model_name, look_up=not dry_run)
     quant = _quant(options)
-    kv = parse_kv_policy(options.kv or "full")
     parallel = Parallelism(tp=_or(options.tp, 1))
     plan = BuildPlan(
         name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv)),
@@ -134,8 +137,25 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
         parallel=parallel,
         limits=_limits(options, source.model.max_position_embeddings),
         target=target,
+        target_version=None if dry_run or target == "embedded" else installation().version,
     )
     return plan, source
+
+
+def resolve_target(options: BuildOptions) -> tuple[str, str]:
+    """The target, and why it is that one where nobody named it.
+
+    Raises:
+        UsageError: no such target.
+    """
+    target = options.target or "auto"
+    if target in TARGETS:
+        return target, ""
+    if target != "auto":
+        raise UsageError(f"unknown target {target!r}: allowed are auto, {', '.join(TARGETS)}")
+    if gpu_spec(options.gpu or CPU).name == CPU:
+        return "embedded", ""
+    return choose_target(installation())
 
 
 def engine_name(model: str, quant: QuantSpec, gpu: str, parallel: Parallelism, kv: KVPolicySpec) -> str:
@@ -176,14 +196,6 @@ def _quant(options: BuildOptions) -> QuantSpec:
     if compute is not None and quant.compute is not compute:
         raise UsageError(f"dtype {options.dtype} with precision {precision}: dtype is for int8, leave it out")
     return quant
-
-
-def _target(target: str | None, gpu: str) -> str:
-    if target in (None, "auto"):
-        return "embedded" if gpu == CPU else "tensorrt"
-    if target not in TARGETS:
-        raise UsageError(f"unknown target {target!r}: allowed are auto, {', '.join(TARGETS)}")
-    return target
 
 
 def _limits(options: BuildOptions, max_position: int) -> Limits:

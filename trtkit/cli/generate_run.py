@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,17 +179,40 @@ def chat(
     with open_engine(path) as engine:
         conversation = Chat(engine=engine, tokenizer=tokenizer, max_tokens=max_tokens, sampling=sampling)
         write(f"{bundle.name}: /exit leaves, Ctrl-C ends an answer\n")
-        while True:
-            try:
-                line = read("> ").strip()
-            except EOFError:
-                return
-            if line in EXIT_WORDS:
-                return
-            if not line:
-                continue
+        for line in _lines(lambda: read("> ")):
             try:
                 conversation.ask(line, write)
                 write("\n")
             except EngineError as error:
                 write(f"{error}\n")
+
+
+def chat_json(
+    path: Path, *, max_tokens: int, sampling: Sampling, read: Callable[[str], str], write: Callable[[str], object]
+) -> None:
+    """The same for programs: a question per line in, one JSON object per line out: `user`, `assistant`, `error`."""
+    bundle = open_bundle(path)
+    tokenizer = load_tokenizer(bundle.tokenizer_dir)
+    with open_engine(path) as engine:
+        conversation = Chat(engine=engine, tokenizer=tokenizer, max_tokens=max_tokens, sampling=sampling)
+        for line in _lines(lambda: read("")):
+            pieces: list[str] = []
+            error = None
+            try:
+                conversation.ask(line, pieces.append)
+            except EngineError as refusal:
+                error = str(refusal)
+            write(json.dumps({"user": line, "assistant": "".join(pieces), "error": error}, sort_keys=True) + "\n")
+
+
+def _lines(read: Callable[[], str]) -> Iterator[str]:
+    """Questions, until an exit word or the end of input."""
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        if line in EXIT_WORDS:
+            return
+        if line:
+            yield line

@@ -215,3 +215,12 @@ def test_a_quality_record_is_read(tmp_path):
     assert audit_file(path)[0].verdict == "possible"
     write_record(path, QUALITY_KIND, replace(result, unit="%", better="higher", score=140.0))
     assert audit_file(path)[0].verdict == "impossible"
+
+
+def test_a_shipped_example_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert audit_file(Path("examples/token-tax.md"))
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "token-tax.md").write_text("no table here", encoding="utf-8")
+    with pytest.raises(InputError, match="token-tax.md"):
+        audit_file(Path("examples/token-tax.md"))
