@@ -20,9 +20,8 @@ from trtkit.spec.codec import from_plain
 from trtkit.spec.errors import InputError
 from trtkit.spec.result import BENCH_KIND, QUALITY_KIND, BenchResult, QualityResult
 
-
 _PACKAGE = Path(__file__).parents[1]
-_EXAMPLES = (_PACKAGE / "data" / "examples", _PACKAGE.parent / "docs" / "examples")
+_EXAMPLES = (_PACKAGE / "data" / "docs" / "examples", _PACKAGE.parent / "docs" / "examples")
 
 
 def shipped_example(path: Path) -> Path:

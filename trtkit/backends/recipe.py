@@ -90,7 +90,7 @@ def load_recipe(name: str) -> BuildOptions:
 def recipe_directories() -> list[Path]:
     """Where recipes are looked up by name, first match wins."""
     package = Path(__file__).resolve().parents[1]
-    return [Path("builds/recipes"), package / "data" / "recipes", package.parent / "builds" / "recipes"]
+    return [Path("builds/recipes"), package / "data" / "builds" / "recipes", package.parent / "builds" / "recipes"]
 
 
 def _find_recipe(name: str) -> Path:

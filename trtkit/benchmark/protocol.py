@@ -26,7 +26,7 @@ else:
 
 DEFAULT_PROTOCOL = "token-tax"
 _PACKAGE = Path(__file__).parents[1]
-_FOLDERS = (_PACKAGE / "data" / "protocols", _PACKAGE.parent / "bench" / "protocols")
+_FOLDERS = (_PACKAGE / "data" / "bench" / "protocols", _PACKAGE.parent / "bench" / "protocols")
 _KEYS = ("name", "description", "repeats", "defaults", "workload")
 _AXES = ("isl", "osl", "concurrency", "request_rate")
 

@@ -83,7 +83,7 @@ def default_heldout() -> Path:
         InputError: neither has it.
     """
     package = Path(__file__).resolve().parents[1]
-    for root in (package / "data", package.parent / "bench"):
+    for root in (package / "data" / "bench", package.parent / "bench"):
         if (root / "tiny_model" / "heldout").is_dir():
             return root / "tiny_model" / "heldout"
     raise InputError("the shipped held-out text is not installed; give a text file or a directory of .txt files")
