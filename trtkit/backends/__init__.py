@@ -12,6 +12,8 @@ from trtkit.spec.errors import UnsupportedError
 
 OPENERS: dict[str, str] = {
     "embedded": "trtkit.engine.open:open_embedded",
+    "tensorrt": "trtkit.trtllm.open:open_tensorrt",
+    "pytorch": "trtkit.trtllm.open:open_pytorch",
 }
 """Target -> "module:function"; the function takes the bundle and keyword overrides, and returns an `Engine`."""
 
@@ -21,7 +23,8 @@ def open_engine(path: str | Path, *, isolated: bool = False, **overrides: object
 
     Args:
         path: a `<name>.engine` directory.
-        isolated: run it in a fresh child process; this one never imports the target's libraries.
+        isolated: run it in a fresh child process; this one never imports the target's libraries. TensorRT-LLM always
+            gets one: it starts MPI, and what kills it must not kill its user.
         **overrides: limits that replace the plan's at run time (`max_batch_size`, `max_num_tokens`, `max_seq_len`,
             `kv_memory_bytes`, `device`, `kv`).
 
@@ -30,10 +33,21 @@ def open_engine(path: str | Path, *, isolated: bool = False, **overrides: object
         UnsupportedError: this build of trtkit has no such target.
     """
     bundle = open_bundle(Path(path))
-    if isolated:
+    if isolated or bundle.manifest.plan.target in ("tensorrt", "pytorch"):
         from trtkit.backends.remote import RemoteEngine
 
         return RemoteEngine(bundle.path, overrides)
+    return open_here(path, **overrides)
+
+
+def open_here(path: str | Path, **overrides: object) -> Engine:
+    """Open a bundle in this very process, whatever its target; what the engine's child process calls.
+
+    Raises:
+        EngineError: the bundle is unfinished or damaged.
+        UnsupportedError: this build of trtkit has no such target.
+    """
+    bundle = open_bundle(Path(path))
     target = bundle.manifest.plan.target
     if target not in OPENERS:
         raise UnsupportedError(f"{path}: target {target!r} cannot be opened here; known are {', '.join(OPENERS)}")

@@ -35,14 +35,20 @@ from trtkit.spec.bundle import (
 from trtkit.spec.checkpoint import CONFIG_NAME
 from trtkit.spec.codec import canonical_json, digest
 from trtkit.spec.directory import absolute, check_free, publish, working_directory
-from trtkit.spec.errors import MissingDependencyError, OutputError
+from trtkit.spec.errors import OutputError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.progress import Progress, no_progress
+from trtkit.trtllm.capabilities import check_plan, kv_fidelity
+from trtkit.trtllm.requirements import require_builder_device, require_target
 from trtkit.version import __version__
 
 ENGINE_SUFFIX = ".engine"
-BUILDERS: dict[str, str] = {"embedded": "trtkit.backends.build:build_embedded"}
+BUILDERS: dict[str, str] = {
+    "embedded": "trtkit.backends.build:build_embedded",
+    "tensorrt": "trtkit.backends.build_tensorrt:build_tensorrt",
+    "pytorch": "trtkit.backends.build_pytorch:build_pytorch",
+}
 """Target -> "module:function"; the function takes a `BuildJob` and fills its directory."""
 
 TOKENIZER_FILES = (
@@ -65,13 +71,15 @@ _KIB = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildJob:
-    """One build in progress. Builders add to `phases_s` and `verification`."""
+    """One build in progress. Builders add to `phases_s`, `peaks_bytes` (of other processes) and `verification`."""
 
     plan: BuildPlan
     source_dir: Path
     directory: Path
+    fidelity: KVFidelity = KVFidelity.EXACT
     progress: Progress = no_progress
     phases_s: dict[str, float] = field(default_factory=dict)
+    peaks_bytes: dict[str, int] = field(default_factory=dict)
     verification: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -94,12 +102,15 @@ def build_engine(
     *,
     progress: Progress = no_progress,
     force: bool = False,
+    allow_approximate: bool = False,
 ) -> EngineBundle:
     """Build the plan's engine from a Hugging Face directory into `out_dir`.
 
-    What can be refused is refused before weights are downloaded or anything is written.
+    What can be refused is refused before weights are downloaded or anything is written. `allow_approximate` accepts a
+    KV policy that the target carries out only roughly; the manifest then says how.
 
     Raises:
+        UnsupportedError: the target cannot do what the plan asks.
         CapacityError: weights and the least KV cache do not fit the device.
         InputError: the source is damaged or incomplete, or the finished engine does not compute what it should.
         MissingDependencyError: the target's packages are not installed.
@@ -109,10 +120,14 @@ def build_engine(
     path = engine_path(plan, out_dir)
     check_free(path, force=force, marker=MANIFEST_NAME)
     check_fit(plan)
+    check_plan(plan)
+    fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
+    if plan.target == "tensorrt":
+        require_builder_device(plan)
     source_dir = source if isinstance(source, Path) else source.fetch()
     with working_directory(path) as partial:
         _keep_only_same_build(partial, plan, source_dir)
-        job = BuildJob(plan=plan, source_dir=source_dir, directory=partial, progress=progress)
+        job = BuildJob(plan=plan, source_dir=source_dir, directory=partial, fidelity=fidelity, progress=progress)
         builder(job)
         with job.phase("manifest"):
             files = {str(file.relative_to(partial)): file_entry(file) for file in bundle_files(partial)}
@@ -161,12 +176,10 @@ def builder_of(target: str) -> Callable[[BuildJob], None]:
 
     Raises:
         MissingDependencyError: the target's packages are not installed.
+        UnsupportedError: the release that is installed has no such target.
     """
-    if target not in BUILDERS:
-        raise MissingDependencyError(
-            f"target {target!r} needs TensorRT-LLM, which is not installed here (pip install 'trtkit[tensorrt-llm]' on a "
-            "machine with an NVIDIA GPU, or docker/); --target embedded builds and runs without it"
-        )
+    if target != "embedded":
+        require_target(target)
     module, _, function = BUILDERS[target].partition(":")
     builder: Callable[[BuildJob], None] = getattr(importlib.import_module(module), function)
     return builder
@@ -195,16 +208,17 @@ def _keep_only_same_build(partial: Path, plan: BuildPlan, source_dir: Path) -> N
 def _manifest(job: BuildJob, files: Mapping[str, FileEntry]) -> Manifest:
     return Manifest(
         plan=job.plan,
-        fidelity=KVFidelity.EXACT,
-        versions=_versions(),
+        fidelity=job.fidelity,
+        versions=_versions(job.plan),
         files=files,
         created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         phases_s={name: round(seconds, 3) for name, seconds in job.phases_s.items()},
-        peak_build_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB,
+        peak_build_bytes=max([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _KIB, *job.peaks_bytes.values()]),
         verification=job.verification,
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(plan: BuildPlan) -> dict[str, str]:
     packages = ("torch", "transformers", "safetensors", "numpy")
-    return {"trtkit": __version__, "python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    found = {"trtkit": __version__, "python": platform.python_version()} | {p: metadata.version(p) for p in packages}
+    return found | ({} if plan.target_version is None else {"tensorrt_llm": plan.target_version})

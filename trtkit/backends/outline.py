@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,22 @@ from trtkit.backends.build import engine_path
 from trtkit.backends.fit import Sizes, check_fit
 from trtkit.spec.bundle import MANIFEST_NAME, EngineBundle
 from trtkit.spec.checkpoint import checkpoint_tensors, rank_file
+from trtkit.spec.directory import partial_directory
+from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.units import format_gib
+from trtkit.trtllm.capabilities import broken, check_plan, kv_fidelity
 from trtkit.trtllm.convert import stored_quant
+from trtkit.trtllm.lower import build_argv
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outline:
-    """A plan, where its engine would go, its modeled sizes and the steps in order."""
+    """A plan, where its engine would go, its modeled sizes, the steps in order and the commands that others run.
+
+    `engine_bytes` is the weights' share of what `trtllm-build` would write, None for the other targets; `build_seconds`
+    is None: nobody has published how long these builds take, and none was run here.
+    """
 
     plan: BuildPlan
     output: str
@@ -24,15 +33,25 @@ class Outline:
     sizes: Sizes
     checkpoint_bytes: int
     steps: tuple[str, ...]
+    commands: tuple[str, ...] = ()
+    engine_bytes: int | None = None
+    fidelity: KVFidelity = KVFidelity.EXACT
+    adjusted: tuple[str, ...] = ()
+    build_seconds: float | None = None
 
 
-def outline(plan: BuildPlan, out_dir: Path) -> Outline:
+def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) -> Outline:
     """Describe a build.
 
     Raises:
         CapacityError: it would not fit.
+        UnsupportedError: the target cannot do it.
     """
     found = check_fit(plan)
+    check_plan(plan)
+    fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
+    if plan.target == "pytorch":
+        return pytorch_outline(plan, out_dir, found, fidelity)
     tensors = checkpoint_tensors(plan.model, stored_quant(plan.quant, plan.target), plan.parallel)
     checkpoint_bytes = sum(tensor.num_bytes for tensor in tensors) * plan.parallel.world_size
     output = engine_path(plan, out_dir)
@@ -50,7 +69,40 @@ def outline(plan: BuildPlan, out_dir: Path) -> Outline:
             *(("build engine/ with trtllm-build",) if plan.target == "tensorrt" else ()),
             f"write {MANIFEST_NAME} and rename to {output.name}",
         ),
+        commands=_commands(plan, output),
+        engine_bytes=found.weight_bytes * plan.parallel.world_size if plan.target == "tensorrt" else None,
+        fidelity=fidelity,
+        adjusted=tuple(f"{rule.says} [{rule.source}]" for rule in broken(plan) if rule.adjusts),
     )
+
+
+def pytorch_outline(plan: BuildPlan, out_dir: Path, found: Sizes, fidelity: KVFidelity) -> Outline:
+    """The same for the PyTorch backend, which loads a Hugging Face directory and compiles nothing."""
+    output = engine_path(plan, out_dir)
+    size = found.weight_bytes * plan.parallel.world_size
+    return Outline(
+        plan=plan,
+        output=str(output),
+        source=plan.model_source,
+        sizes=found,
+        checkpoint_bytes=size,
+        steps=(
+            f"write {plan.model_source} as a unified {plan.quant.precision} checkpoint to checkpoint/ "
+            f"({format_gib(size)})",
+            "copy the tokenizer to tokenizer/ and to checkpoint/",
+            "verify the checkpoint against the source with transformers on a short prompt",
+            "write llm_args.json",
+            f"write {MANIFEST_NAME} and rename to {output.name}",
+        ),
+        fidelity=fidelity,
+    )
+
+
+def _commands(plan: BuildPlan, output: Path) -> tuple[str, ...]:
+    if plan.target != "tensorrt":
+        return ()
+    partial = partial_directory(output)
+    return (shlex.join(build_argv(plan, partial / "checkpoint", partial / "engine", partial / ".timing.cache")),)
 
 
 def summary(bundle: EngineBundle) -> str:
@@ -80,4 +132,13 @@ def render(outlined: Outline) -> str:
         f"  memory     weights {format_gib(found.weight_bytes)}, one longest request's KV "
         f"{format_gib(found.min_kv_bytes)}, KV pool {pool}; {plan.gpu} has {device} (modeled, per device)",
     ]
-    return "\n".join(lines + [f"  {number}. {step}" for number, step in enumerate(outlined.steps, 1)])
+    lines += [f"  {number}. {step}" for number, step in enumerate(outlined.steps, 1)]
+    lines += [f"  note       {text}" for text in outlined.adjusted]
+    if outlined.fidelity is not KVFidelity.EXACT:
+        lines.append(f"  KV policy  carried out as {outlined.fidelity.value}, not as {plan.kv.kind}")
+    lines += [f"  $ {command}" for command in outlined.commands]
+    if outlined.engine_bytes is not None:
+        lines.append(
+            f"  engine     about {format_gib(outlined.engine_bytes)} (modeled); build time not known (never run)"
+        )
+    return "\n".join(lines)

@@ -27,7 +27,7 @@ from trtkit.spec.codec import from_plain
 from trtkit.spec.engine import EngineInfo, KVStats, Request, ScoreRequest, ScoreResult, TokenEvent
 from trtkit.spec.errors import EngineError, TrtkitError
 
-DEFAULT_OPENER = "trtkit.backends:open_engine"
+DEFAULT_OPENER = "trtkit.backends:open_here"
 
 _LOG_TAIL_LINES = 3
 _LIVENESS_S = 0.25

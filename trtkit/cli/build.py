@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtkit.cli.common import ForceFlag, JsonFlag, emit, progress_bars
+from trtkit.cli.common import ForceFlag, JsonFlag, emit, note, progress_bars
 
 _Limit = int | None
 Recipe = Annotated[str | None, typer.Argument(help="Recipe: a TOML file, or a name from builds/recipes/.")]
@@ -24,10 +24,13 @@ MaxTokens = Annotated[_Limit, typer.Option("--max-num-tokens", help="Tokens of o
 MaxSeq = Annotated[_Limit, typer.Option("--max-seq-len", help="Prompt plus output of one request (default 8192).")]
 KvMemory = Annotated[str | None, typer.Option(help="KV pool per device, such as 12GiB (default: 90% of what is free).")]
 Output = Annotated[Path, typer.Option("--output", help="Directory that engines go to.")]
+Approximate = Annotated[
+    bool, typer.Option("--allow-approximate", help="Accept a KV policy that the target only approximates.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and steps; write nothing.")]
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     recipe: Recipe = None,
     model: Model = None,
     name: Name = None,
@@ -41,6 +44,7 @@ def command(  # noqa: PLR0917 - typer's options
     max_num_tokens: MaxTokens = None,
     max_seq_len: MaxSeq = None,
     kv_memory: KvMemory = None,
+    allow_approximate: Approximate = False,
     output: Output = Path("builds"),
     dry_run: DryRun = False,
     force: ForceFlag = False,
@@ -49,18 +53,23 @@ def command(  # noqa: PLR0917 - typer's options
     """Build an engine from a recipe, from options, or from a recipe with options on top. A killed build resumes."""
     from trtkit.backends.build import build_engine
     from trtkit.backends.outline import outline, render, summary
-    from trtkit.backends.recipe import BuildOptions, load_recipe, make_plan
+    from trtkit.backends.recipe import BuildOptions, load_recipe, make_plan, resolve_target
 
     given = BuildOptions(
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
+        allow_approximate=allow_approximate or None,
     )  # fmt: skip
-    plan, source = make_plan(given.over(load_recipe(recipe)) if recipe else given, dry_run=dry_run)
+    options = given.over(load_recipe(recipe)) if recipe else given
+    plan, source = make_plan(options, dry_run=dry_run)
+    approximate = bool(options.allow_approximate)
+    if reason := resolve_target(options)[1]:
+        note(f"target {plan.target}: {reason}", as_json=as_json)
     if dry_run:
-        outlined = outline(plan, output)
+        outlined = outline(plan, output, allow_approximate=approximate)
         emit(outlined, render(outlined), as_json=as_json)
         return
     with progress_bars(quiet=as_json) as progress:
-        bundle = build_engine(plan, source, output, progress=progress, force=force)
+        bundle = build_engine(plan, source, output, progress=progress, force=force, allow_approximate=approximate)
     payload = {"path": str(bundle.path), "digest": bundle.manifest.digest, "manifest": bundle.manifest}
     emit(payload, summary(bundle), as_json=as_json)

@@ -1,0 +1,17 @@
+"""The environment in which the fake TensorRT-LLM, its programs and its GPUs are found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+FAKES = TESTS / "fakes"
+
+
+def fake_environment(**knobs: str) -> dict[str, str]:
+    """Variables to set: paths first, then the fakes' knobs (FAKE_GPUS, FAKE_TRTLLM_VERSION, ...)."""
+    path = os.pathsep.join([str(FAKES / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    python_path = os.pathsep.join([str(FAKES / "site"), str(TESTS.parent), str(TESTS.parent / "plugins" / "h2o")])
+    return {"PATH": path, "PYTHONPATH": python_path, **knobs}

@@ -1,0 +1,126 @@
+"""Opening a TensorRT-LLM bundle in this process, which is the engine's child process: see `trtkit.backends.child`.
+
+The only module that imports `tensorrt_llm`, and only inside functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from trtkit.spec.bundle import EngineBundle
+from trtkit.spec.checkpoint import checkpoint_tensors
+from trtkit.spec.errors import EngineError, UsageError
+from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
+from trtkit.spec.plan import BuildPlan, Limits
+from trtkit.trtllm.engine_build import ENGINE_DIR, check_engine
+from trtkit.trtllm.installed import Installation, installation_here
+from trtkit.trtllm.lower import llm_arguments
+from trtkit.trtllm.requirements import require_runtime, require_target
+from trtkit.trtllm.runtime import LlmEngine, Native
+
+_CEILINGS = ("max_batch_size", "max_num_tokens", "max_seq_len")
+
+
+def open_tensorrt(bundle: EngineBundle, **overrides: object) -> LlmEngine:
+    """Open an engine of the TensorRT backend (1.2.x).
+
+    Raises:
+        EngineError: a rank is missing, or the engine was built by another version.
+        MissingDependencyError: TensorRT-LLM, a GPU or MPI is not here.
+    """
+    plan = with_overrides(bundle.manifest.plan, overrides)
+    directory = bundle.path / ENGINE_DIR
+    built_by = check_engine(directory, bundle.manifest.plan)
+    found = require_target("tensorrt", installation_here())
+    require_runtime(plan, found)
+    if built_by != found.version:
+        raise EngineError(
+            f"{bundle.path}: built by TensorRT-LLM {built_by}, here is {found.version}; engines only load in the "
+            "version that built them: rebuild it here with `trtkit build --force`"
+        )
+    return _open(plan, directory, "tensorrt_llm._tensorrt_engine", found)
+
+
+def open_pytorch(bundle: EngineBundle, **overrides: object) -> LlmEngine:
+    """Open a bundle of the PyTorch backend (1.2.x and later).
+
+    Raises:
+        MissingDependencyError: TensorRT-LLM, a GPU or MPI is not here.
+    """
+    plan = with_overrides(bundle.manifest.plan, overrides)
+    found = require_target("pytorch", installation_here())
+    require_runtime(plan, found)
+    return _open(plan, bundle.checkpoint_dir, "tensorrt_llm", found)
+
+
+def with_overrides(plan: BuildPlan, overrides: Mapping[str, object]) -> BuildPlan:
+    """The plan with run-time limits in it.
+
+    Raises:
+        UsageError: an override that this target does not take, or a limit above what was built.
+    """
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    kv, device = given.pop("kv", plan.kv), given.pop("device", "cuda")
+    policy = parse_kv_policy(kv) if isinstance(kv, str) else kv
+    if not isinstance(policy, KVPolicySpec) or policy != plan.kv:
+        raise UsageError(f"{plan.name}: its KV policy is {plan.kv.label}, decided when it was built; build another one")
+    if not str(device).startswith("cuda"):
+        raise UsageError(f"{plan.name}: device {device!r}: target {plan.target} runs on CUDA devices")
+    unknown = sorted(set(given) - {field.name for field in fields(Limits)})
+    if unknown:
+        raise UsageError(f"{plan.name}: target {plan.target} has no option {', '.join(unknown)}")
+    limits = replace(plan.limits, **given)
+    for name in _CEILINGS:
+        if plan.target == "tensorrt" and getattr(limits, name) > getattr(plan.limits, name):
+            raise UsageError(
+                f"{plan.name}: {name} {getattr(limits, name)} is above the {getattr(plan.limits, name)} it was built for"
+            )
+    return replace(plan, limits=limits)
+
+
+def _open(plan: BuildPlan, model: Path, module: str, found: Installation) -> LlmEngine:
+    llm_class = getattr(importlib.import_module(module), "LLM")  # noqa: B009 - untyped package
+    api = importlib.import_module("tensorrt_llm.llmapi")
+
+    def open_llm(scoring: bool) -> Native:
+        arguments = native_arguments(llm_arguments(plan, scoring=scoring), api)
+        _check_arguments(arguments, plan, found)
+        try:
+            llm: Native = llm_class(str(model), **arguments)
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise EngineError(f"{plan.name}: TensorRT-LLM cannot open it: {first}") from error
+        return llm
+
+    weights = max(
+        sum(tensor.num_bytes for tensor in checkpoint_tensors(plan.model, plan.quant, plan.parallel, pp_rank=stage))
+        for stage in range(plan.parallel.pp)
+    )
+    return LlmEngine(plan, open_llm, api.SamplingParams, weight_bytes=weights)
+
+
+def native_arguments(arguments: Mapping[str, Any], api: Any) -> dict[str, Any]:  # noqa: ANN401 - tensorrt_llm.llmapi
+    """Plain arguments with TensorRT-LLM's own classes where it has some."""
+    makers: dict[str, Callable[[Any], Any]] = {
+        "kv_cache_config": lambda value: api.KvCacheConfig(**value),
+        "scheduler_config": lambda value: api.SchedulerConfig(
+            capacity_scheduler_policy=api.CapacitySchedulerPolicy(value["capacity_scheduler_policy"])
+        ),
+        "extended_runtime_perf_knob_config": lambda value: api.ExtendedRuntimePerfKnobConfig(**value),
+    }
+    return {name: makers[name](value) if name in makers else value for name, value in arguments.items()}
+
+
+def _check_arguments(arguments: Mapping[str, Any], plan: BuildPlan, found: Installation) -> None:
+    """Refuse by name what this release does not take, instead of letting its validator talk for a page."""
+    model = "TrtLlmArgs" if plan.target == "tensorrt" else "TorchLlmArgs"
+    taken = found.names.get(f"tensorrt_llm.llmapi.llm_args.{model}")
+    unknown = sorted(set(arguments) - set(taken)) if taken else []
+    if unknown:
+        raise EngineError(
+            f"{plan.name}: TensorRT-LLM {found.version} takes no {', '.join(unknown)}; this trtkit knows 1.2.x and 1.3"
+        )
