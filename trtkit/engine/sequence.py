@@ -111,5 +111,6 @@ class Sequence:
         """Forget what was computed (preemption); the output stays."""
         assert not self.block_table, "blocks must be freed first"
         self.num_tokens = self.cache_len = 0
+        self.evictions = self.tokens_evicted = 0
         self.state = SequenceState.WAITING
         self.preemptions += 1
