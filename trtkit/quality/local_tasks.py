@@ -30,7 +30,7 @@ def shipped_tasks() -> Path:
         InputError: neither has them.
     """
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "data" / "tasks", package.parent / "bench" / "tasks"):
+    for folder in (package / "data" / "bench" / "tasks", package.parent / "bench" / "tasks"):
         if folder.is_dir():
             return folder
     raise InputError("this installation has no shipped tasks; give a directory with --tasks-dir")
