@@ -1,0 +1,78 @@
+"""Turning H2O on: probe, register, and the arguments an `LLM` needs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from trtkit.spec.errors import MissingDependencyError, UnsupportedError, UsageError
+from trtkit.spec.kv import KVPolicySpec
+from trtkit_h2o.trtllm.probe import PATHS, V12, Finding, probe_h2o, usable_path
+
+
+def install() -> str:
+    """Register with the TensorRT-LLM of this process; calling it again changes nothing.
+
+    Workers started later register themselves when they unpickle the configuration (see `h2o_llm_arguments`).
+
+    Returns:
+        The path taken, `probe.V12` or `probe.V13`.
+
+    Raises:
+        MissingDependencyError: TensorRT-LLM is not installed.
+        UnsupportedError: a name or a parameter that the adapters lean on is not there; nothing was changed.
+    """
+    findings = probe_h2o()
+    path = usable_path(findings)
+    if path is None:
+        raise _why_not(findings)
+    importlib.import_module(f"trtkit_h2o.trtllm.{path}").register()
+    return path
+
+
+def h2o_llm_arguments(spec: KVPolicySpec) -> dict[str, Any]:
+    """Keyword arguments for `tensorrt_llm.LLM` that carry out `spec`, to be merged over the caller's own.
+
+    Nested ones are dictionaries; merge them by key. Pass the configuration object as it is: it survives pickling to
+    workers, but not a round trip through YAML or `model_dump`.
+
+    Raises:
+        UsageError: `spec` keeps everything, so there is nothing to turn on.
+        TrtkitError: what `install` raises.
+    """
+    if spec.is_full:
+        raise UsageError("KV policy 'full' needs no eviction in TensorRT-LLM; leave H2O's arguments out")
+    path = install()
+    adapter = importlib.import_module(f"trtkit_h2o.trtllm.{path}")
+    if path == V12:
+        return {
+            "sparse_attention_config": adapter.H2OSparseAttentionConfig(kv_policy=spec.label),
+            "kv_cache_config": {"enable_block_reuse": False, "host_cache_size": 0},
+            "enable_chunked_prefill": False,
+            "disable_overlap_scheduler": True,
+            "max_beam_width": 1,
+            # The other policy reserves blocks for tokens that will be evicted, so freed ones admit nobody.
+            "scheduler_config": {"capacity_scheduler_policy": "MAX_UTILIZATION"},
+            # The hooks are written for graphs, but no graph has captured them yet.
+            "cuda_graph_config": None,
+        }
+    return {
+        "kv_cache_compression_config": adapter.H2OKvCacheCompressionConfig(kv_policy=spec.label),
+        "kv_cache_config": {"use_kv_cache_manager_v2": True, "enable_block_reuse": False},
+        "max_beam_width": 1,
+        "cuda_graph_config": None,
+    }
+
+
+def _why_not(findings: list[Finding]) -> MissingDependencyError | UnsupportedError:
+    absent = [finding for finding in findings if not finding.path and not finding.ok]
+    if absent:
+        return MissingDependencyError(
+            f"{absent[0].detail}; install TensorRT-LLM 1.2.x, or run H2O on the embedded engine (--target embedded)"
+        )
+    # The path that lacks least is the one a reader can do something about.
+    lacking = min(([f for f in findings if f.path == path and not f.ok] for path in PATHS), key=len)
+    return UnsupportedError(
+        f"{findings[0].detail} has no room for H2O: {lacking[0].detail} ({len(lacking)} of the names it needs differ); "
+        "use 1.2.x, or run H2O on the embedded engine (--target embedded)"
+    )

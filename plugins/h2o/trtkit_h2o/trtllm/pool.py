@@ -1,0 +1,48 @@
+"""What both generations of TensorRT-LLM's KV cache managers show of their pool."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from trtkit_h2o.trtllm.session import Geometry
+
+
+class ManagerPool:
+    """`Pool` over a KV cache manager of the PyTorch backend, V1 or V2.
+
+    Relies on `get_buffers(layer)` being a view, on `get_batch_cache_indices` giving indices into its first axis (both
+    are what the Vanilla backend reads with), and on one table for all layers: a single full-attention window.
+    """
+
+    def __init__(self, manager: Any) -> None:  # noqa: ANN401 - a TensorRT-LLM object
+        self._manager = manager
+        self._layers = list(manager.pp_layers)
+        self._asks_layout = "kv_layout" in inspect.signature(manager.get_buffers).parameters
+
+    def view(self, layer: int) -> Tensor:
+        """See `Pool.view`. Inside a block the attention kernels write heads outside tokens, whatever a label says."""
+        index = self._layers[layer]
+        if self._asks_layout:
+            return cast("Tensor", self._manager.get_buffers(index, kv_layout="HND"))
+        labelled = self._manager.get_buffers(index)
+        blocks, sides, tokens, heads, dim = labelled.shape
+        return cast("Tensor", labelled.view(blocks, sides, heads, tokens, dim))
+
+    def blocks(self, request_id: int) -> Sequence[int]:
+        """See `Pool.blocks`."""
+        return cast("Sequence[int]", self._manager.get_batch_cache_indices([request_id])[0])
+
+    def geometry(self, max_sequences: int) -> Geometry:
+        """This rank's share of the model."""
+        first = self.view(0)
+        return Geometry(
+            layers=len(self._layers),
+            kv_heads=int(first.shape[2]),
+            max_sequences=max_sequences,
+            device=torch.device(first.device),
+        )

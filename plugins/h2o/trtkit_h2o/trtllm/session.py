@@ -1,0 +1,329 @@
+"""Eviction's bookkeeping for TensorRT-LLM: policy, ledgers and query ring over somebody else's pool and scheduler.
+
+Knows block ids and pool views, none of TensorRT-LLM's classes; the adapters translate. The rules are the embedded
+engine's: a prompt is cut to the budget once it is in, a decoding cache that has reached budget + interval is cut
+back to the budget, keys keep their rotation and queries their logical position. One difference: TensorRT-LLM feeds
+a prompt whole (chunked prefill is refused), so its one cut falls at the end and its peak is the full prompt.
+
+Shapes: L local layers, H KV heads, Hq query heads, T tokens, N live slots, K kept slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from trtkit.kernels.mass import column_mass
+from trtkit.kernels.paged import compact_paged
+from trtkit.kv.ledger import AttentionLedger
+from trtkit.kv.moves import HoleMoves, plan_moves
+from trtkit.kv.policy import CachedTokens, EvictionPolicy
+from trtkit.kv.selection import check_slots
+from trtkit.spec.errors import EngineError, UnsupportedError
+from trtkit_h2o.trtllm.ring import StepRing
+
+RING_QUERIES = 32
+"""Decode queries that wait for one pass over the keys."""
+_OVERLAP_SLACK = 2
+"""Queries of steps already enqueued when a round reads the ring, so that they overwrite nothing unread."""
+_CUDA_LOGITS = 1 << 26
+_CPU_LOGITS = 1 << 21
+
+
+class Pool(Protocol):
+    """The paged cache of one rank, as TensorRT-LLM's managers show it."""
+
+    def view(self, layer: int) -> Tensor:
+        """One local layer, [blocks, 2, H, tokens_per_block, D] (HND), a view."""
+
+    def blocks(self, request_id: int) -> Sequence[int]:
+        """Block ids of a sequence, in order; indices into the first axis of `view`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """One rank's share: local layers, its KV heads, and the most sequences in flight."""
+
+    layers: int
+    kv_heads: int
+    max_sequences: int
+    device: torch.device
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Tracked:
+    """One evicting sequence. `waiting` tokens are cached but neither in the ledger nor scored; `fed` counts steps
+    begun (ahead of `num_tokens` only while a step is under way)."""
+
+    policy: EvictionPolicy
+    ledger: AttentionLedger
+    prompt_len: int
+    slot: int
+    num_tokens: int = 0
+    fed: int = 0
+    waiting: int = 0
+    evicted: int = 0
+    layers_seen: set[int] = field(default_factory=set)
+
+
+class EvictionSession:
+    """All sequences of one KV cache manager."""
+
+    def __init__(self, policy: EvictionPolicy, geometry: Geometry) -> None:
+        self.policy = policy
+        self._geometry = geometry
+        self._tracked: dict[int, _Tracked] = {}
+        watch = policy.watch
+        self._flush_at = watch.window if watch.queries == "last" else RING_QUERIES
+        self._ring = StepRing(geometry.layers, geometry.max_sequences, self._flush_at + _OVERLAP_SLACK, geometry.device)
+
+    @property
+    def side_bytes(self) -> int:
+        """Memory held beside the KV cache: ledgers and ring."""
+        return self._ring.num_bytes + sum(t.ledger.num_bytes for t in self._tracked.values())
+
+    def begin(self, request_id: int, prompt_len: int, max_new_tokens: int | None, *, pin_prompt: bool = False) -> None:
+        """A request's prompt is about to run. One that can never outgrow its budget is left alone.
+
+        With `pin_prompt` the budget counts generated tokens: all of the prompt stays, as if it were sinks.
+        """
+        self.forget(request_id)
+        policy = _pinned(self.policy, prompt_len) if pin_prompt else self.policy
+        budget = policy.budget
+        # The last output token is never fed.
+        grown = None if max_new_tokens is None else prompt_len + max_new_tokens - 1
+        if prompt_len <= budget.tokens and grown is not None and grown < budget.tokens + budget.interval:
+            return
+        geometry = self._geometry
+        ledger = AttentionLedger(
+            geometry.layers,
+            geometry.kv_heads,
+            budget.tokens + budget.interval + _OVERLAP_SLACK,
+            decay=policy.watch.decay,
+            device=str(geometry.device),
+        )
+        ledger.append(0, min(prompt_len, budget.tokens))
+        self._tracked[request_id] = _Tracked(
+            policy=policy, ledger=ledger, prompt_len=prompt_len, slot=self._ring.take()
+        )
+
+    def forget(self, request_id: int) -> None:
+        """A request has ended or lost its cache. Unknown ones are ignored."""
+        tracked = self._tracked.pop(request_id, None)
+        if tracked is not None:
+            self._ring.give(tracked.slot)
+
+    def tracks(self, request_id: int) -> bool:
+        """Whether the request can ever lose tokens."""
+        return request_id in self._tracked
+
+    def evicted(self, request_id: int) -> int:
+        """Tokens a request has lost so far: its logical length less its cached length."""
+        tracked = self._tracked.get(request_id)
+        return 0 if tracked is None else tracked.evicted
+
+    def prefill(self, request_id: int, layer: int, q_THD: Tensor, k_THD: Tensor) -> Tensor | None:
+        """Score one layer of a whole prompt and choose; rotated queries [T, Hq, D] and keys [T, H, D].
+
+        Returns:
+            Slots that stay, [H, K] ascending; None where the request is not tracked.
+        """
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return None
+        count = q_THD.shape[0]
+        if count != tracked.prompt_len:
+            raise UnsupportedError(
+                f"H2O saw {count} of {tracked.prompt_len} prompt tokens at once; it needs whole prompts: disable chunked "
+                "prefill and block reuse"
+            )
+        watch, policy = tracked.policy.watch, tracked.policy
+        positions = torch.arange(count, dtype=torch.int32, device=q_THD.device)
+        rows = positions.expand(1, k_THD.shape[1], count)
+        asking = {"none": 0, "all": count, "last": min(watch.window, count)}[watch.queries]
+        mass = torch.zeros(rows.shape, dtype=torch.float32, device=q_THD.device)
+        if asking:
+            weights = tracked.ledger.query_weights(asking)
+            queries, keys = q_THD[None, -asking:], k_THD.transpose(0, 1)[None]
+            mass = column_mass(queries, keys, rows, positions[-asking:], weights, max_logits=_logits(q_THD))
+        if watch.queries == "last":
+            self._ring.write(tracked.slot, layer, 0, q_THD)
+        keep = rows.long()
+        if count > policy.budget.tokens:
+            keep = _decide(policy, rows, mass, count)
+        tracked.ledger.positions[layer].copy_(keep[0])
+        tracked.ledger.mass[layer].copy_(mass.gather(-1, keep)[0])
+        tracked.layers_seen.add(layer)
+        return keep[0]
+
+    def end_prefill(self, request_id: int, *, scored: bool = True) -> int:
+        """The prompt is in, compacted in place by the attention operator.
+
+        Args:
+            request_id: unknown ones are ignored.
+            scored: `prefill` ran for every layer; False where a pinned prompt needs no scores.
+
+        Returns:
+            Tokens to drop from the sequence's tail.
+        """
+        tracked = self._tracked.get(request_id)
+        if tracked is None or tracked.num_tokens:
+            return 0
+        if scored and len(tracked.layers_seen) != self._geometry.layers:
+            raise EngineError(
+                f"H2O was asked about {len(tracked.layers_seen)} of {self._geometry.layers} layers of a prompt; this "
+                "TensorRT-LLM does not call sparse_kv_predict as 1.2 does"
+            )
+        tracked.num_tokens = tracked.fed = tracked.prompt_len
+        tracked.evicted = tracked.prompt_len - tracked.ledger.length
+        return tracked.evicted
+
+    def aim(self, rows: Sequence[tuple[int, int | None]]) -> None:
+        """A decode step begins: where the ring takes each row's query.
+
+        Args:
+            rows: request id of each generation row in order, with its logical position where the runtime tells it.
+
+        Raises:
+            UnsupportedError: a position is not the next one, so this process does not see every step.
+        """
+        targets: list[tuple[int, int] | None] = []
+        for request_id, position in rows:
+            tracked = self._tracked.get(request_id)
+            if tracked is None:
+                targets.append(None)
+                continue
+            if position is not None and not position == tracked.fed == tracked.num_tokens:
+                raise UnsupportedError(
+                    f"H2O expected token {tracked.num_tokens} of a request and got {position}; set "
+                    "disable_overlap_scheduler=True and use no speculative decoding"
+                )
+            targets.append((tracked.slot, tracked.fed))
+            tracked.fed += 1
+        self._ring.aim(targets)
+
+    def observe(self, layer: int, q_BHD: Tensor) -> None:
+        """One layer's rotated queries of the step's generation rows, [B, Hq, D]. Safe inside a CUDA graph."""
+        if self.policy.watch.queries != "none":
+            self._ring.write_aimed(layer, q_BHD)
+
+    def end_step(self, request_id: int, pool: Pool, *, tail: int = 0) -> int:
+        """A decode step of one request is over: count its token, and hold a round where one is due.
+
+        Args:
+            request_id: unknown ones are ignored.
+            pool: the cache.
+            tail: slots behind the live ones that a step already enqueued has reserved; they move along unchanged.
+
+        Returns:
+            Tokens to drop from the sequence's tail.
+        """
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return 0
+        tracked.num_tokens += 1
+        tracked.waiting += 1
+        budget = tracked.policy.budget
+        if tracked.waiting == self._flush_at:
+            self._flush(request_id, tracked, pool)
+        if tracked.ledger.length + tracked.waiting < budget.tokens + budget.interval:
+            return 0
+        return self._evict(request_id, tracked, pool, tail)
+
+    def _flush(self, request_id: int, tracked: _Tracked, pool: Pool) -> None:
+        """Bring waiting tokens into the ledger, and the mass their queries gave."""
+        count = tracked.waiting
+        if not count:
+            return
+        tracked.ledger.append(tracked.num_tokens - count, count)
+        tracked.waiting = 0
+        if tracked.policy.watch.queries == "all":
+            tracked.ledger.add(slice(None), self._mass(request_id, tracked, pool, count), count)
+
+    def _evict(self, request_id: int, tracked: _Tracked, pool: Pool, tail: int) -> int:
+        self._flush(request_id, tracked, pool)
+        ledger, watch = tracked.ledger, tracked.policy.watch
+        if watch.queries == "last":
+            count = min(watch.window, tracked.num_tokens)
+            ledger.replace_mass(self._mass(request_id, tracked, pool, count))
+        keep = _decide(tracked.policy, ledger.positions.clone(), ledger.mass.clone(), tracked.num_tokens)
+        before = ledger.length
+        moves = plan_moves(keep.flatten(0, 1), before)
+        self._move(request_id, pool, moves, range(before, before + tail))
+        ledger.compact(moves)
+        tracked.evicted += before - ledger.length
+        return before - ledger.length
+
+    def _mass(self, request_id: int, tracked: _Tracked, pool: Pool, count: int) -> Tensor:
+        """Mass the last `count` queries give to the live keys, [L, H, N]; some layers at a time."""
+        ledger, layers = tracked.ledger, self._geometry.layers
+        first = tracked.num_tokens - count
+        queries = self._ring.read(tracked.slot, first, count)
+        asked = torch.arange(first, first + count, dtype=torch.int32, device=queries.device)
+        weights = ledger.query_weights(count)
+        table = torch.tensor(pool.blocks(request_id), device=queries.device)
+        limit = _logits(queries)
+        settled = ledger.length - count if tracked.policy.watch.queries == "all" else 0
+        group = max(1, limit // (self._geometry.kv_heads * ledger.length * queries.shape[-1]))
+        parts = []
+        for start in range(0, layers, group):
+            chosen = slice(start, min(layers, start + group))
+            keys = torch.stack([_keys(pool.view(i), table, ledger.length) for i in range(chosen.start, chosen.stop)])
+            positions = ledger.positions[chosen]
+            mass = column_mass(queries[chosen], keys, positions, asked, weights, settled=settled, max_logits=limit)
+            parts.append(mass)
+        return torch.cat(parts)
+
+    def _move(self, request_id: int, pool: Pool, moves: HoleMoves, tail: range) -> None:
+        """Carry out `moves` (rows are flat (layer, KV head) rows, ascending) in every layer, then close up `tail`."""
+        heads, layers = self._geometry.kv_heads, self._geometry.layers
+        device = moves.rows.device
+        table = torch.tensor([list(pool.blocks(request_id))], dtype=torch.int32, device=device)
+        sequence = torch.zeros_like(moves.rows)
+        table_M4 = torch.stack([sequence, moves.rows % heads, moves.sources, moves.targets], dim=1).to(torch.int32)
+        bounds = torch.searchsorted(moves.rows, torch.arange(layers + 1, device=device) * heads).tolist()
+        behind = [[0, head, slot, moves.kept + at] for at, slot in enumerate(tail) for head in range(heads)]
+        behind_M4 = torch.tensor(behind, dtype=torch.int32, device=device).reshape(-1, 4)
+        for layer, (start, end) in enumerate(itertools.pairwise(bounds)):
+            compact_paged(pool.view(layer), table, table_M4[start:end])
+            if behind:
+                # A call of its own: the tail's targets are among the slots just vacated.
+                compact_paged(pool.view(layer), table, behind_M4)
+
+
+def _keys(view: Tensor, table: Tensor, length: int) -> Tensor:
+    """A sequence's keys in slot order, a copy [H, length, D]."""
+    blocks = table[: -(-length // view.shape[3])]
+    return view[blocks, 0].permute(1, 0, 2, 3).flatten(1, 2)[:, :length]
+
+
+def _decide(policy: EvictionPolicy, positions: Tensor, mass: Tensor, num_tokens: int) -> Tensor:
+    """Ask the policy and hold its answer to the contract: slots [L, H, budget]."""
+    keep = policy.select(CachedTokens(positions=positions, mass=mass, num_tokens=num_tokens))
+    expected = (*mass.shape[:2], policy.budget.tokens)
+    if tuple(keep.shape) != expected:
+        raise EngineError(f"the KV policy kept {tuple(keep.shape)} slots instead of {expected}")
+    check_slots(keep, mass.shape[-1])
+    return keep
+
+
+def _pinned(policy: EvictionPolicy, prompt_len: int) -> EvictionPolicy:
+    """The same policy with the prompt as sinks and its budget on top."""
+    old = policy.budget
+    budget = replace(old, tokens=prompt_len + old.tokens, sinks=prompt_len + old.sinks)
+    anybody: Any = policy
+    try:
+        return cast("EvictionPolicy", replace(anybody, budget=budget))
+    except TypeError:
+        raise UnsupportedError(
+            f"KV policy {type(policy).__name__} cannot pin a prompt: it is no dataclass with a budget; use h2o"
+        ) from None
+
+
+def _logits(tensor: Tensor) -> int:
+    return _CUDA_LOGITS if tensor.is_cuda else _CPU_LOGITS

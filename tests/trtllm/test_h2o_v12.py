@@ -1,0 +1,343 @@
+"""H2O through TensorRT-LLM 1.2's hooks, on a fake that keeps real pools: the same tokens as the embedded engine."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from fakes.trtllm_kv import v12 as fake
+from fakes.trtllm_kv.executor import Executor, LlmRequest, build_v12
+from support.dense_oracle import (
+    DenseOracle,
+    greedy_with_eviction,
+    h2o_policy,
+    open_small,
+    random_tensors,
+    small_model,
+)
+
+from trtkit.engine import eviction
+from trtkit.spec.engine import Request
+from trtkit.spec.errors import EngineError, MissingDependencyError, UnsupportedError, UsageError
+from trtkit.spec.kv import parse_kv_policy
+
+MODEL = small_model()
+TENSORS = random_tensors(MODEL)
+H2O = "h2o:24,sinks=2,recent=6,interval=4"
+
+
+@pytest.fixture
+def adapter(monkeypatch):
+    """The adapter, installed into a fresh fake of TensorRT-LLM 1.2."""
+    fake.put_in(monkeypatch, fake.modules())
+    from trtkit_h2o.trtllm.install import install
+
+    assert install() == "v12"
+    yield importlib.import_module("trtkit_h2o.trtllm.v12")
+    sys.modules.pop("trtkit_h2o.trtllm.v12")
+
+
+@pytest.fixture(autouse=True)
+def whole_prompts(monkeypatch):
+    """TensorRT-LLM feeds a prompt whole under H2O, so the embedded engine does here; beyond 32 tokens it would not."""
+    monkeypatch.setattr(eviction, "_MIN_PIECE", 1000)
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng(seed).integers(3, MODEL.vocab_size, length).tolist()
+
+
+def embedded(kv, *jobs, **options):
+    """The embedded engine's tokens for (prompt, count) jobs."""
+    engine = open_small(MODEL, TENSORS, kv, **options)
+    requests = [
+        Request(request_id=str(i), prompt_ids=tuple(prompt), max_tokens=count, ignore_eos=True)
+        for i, (prompt, count) in enumerate(jobs)
+    ]
+    tokens = {i: [] for i in range(len(jobs))}
+    for event in engine.generate(requests):
+        tokens[int(event.request_id)].append(event.token_id)
+    return tokens
+
+
+def runtime(adapter, kv, **options) -> Executor:
+    return build_v12(MODEL, TENSORS, adapter.H2OSparseAttentionConfig(kv_policy=kv), **options)
+
+
+def jobs_to_requests(jobs):
+    return [LlmRequest(i, list(prompt), count) for i, (prompt, count) in enumerate(jobs)]
+
+
+def test_without_a_policy_the_fake_runtime_says_what_the_embedded_engine_says(adapter):
+    jobs = [(prompt_of(40), 30), (prompt_of(17, seed=1), 12)]
+    assert build_v12(MODEL, TENSORS, None).run(*jobs_to_requests(jobs)) == embedded("full", *jobs)
+
+
+@pytest.mark.parametrize("scorer", ["sum", "mean", "decay"])
+@pytest.mark.parametrize("length", [10, 24, 25, 60])
+def test_tokens_equal_the_embedded_engines(adapter, scorer, length):
+    job = (prompt_of(length), 60)
+    kv = f"{H2O},scorer={scorer}"
+    assert runtime(adapter, kv).run(*jobs_to_requests([job])) == embedded(kv, job)
+    assert embedded(kv, job) != embedded("full", job), "nothing was evicted, so nothing was tested"
+
+
+@pytest.mark.parametrize("kv", ["window:20,interval=4", "snapkv:24,recent=8,sinks=2,interval=4", "h2o:24,interval=48"])
+def test_other_policies_and_long_intervals_equal_the_embedded_engines_too(adapter, kv):
+    job = (prompt_of(50), 110)
+    assert runtime(adapter, kv).run(*jobs_to_requests([job])) == embedded(kv, job)
+
+
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(adapter):
+    jobs = [(prompt_of(n, seed=n), c) for n, c in [(60, 50), (9, 70), (33, 1), (20, 3), (45, 40), (30, 25)]]
+    engine = runtime(adapter, H2O, max_batch_size=3)
+    assert engine.run(*jobs_to_requests(jobs)) == embedded(H2O, *jobs)
+    assert engine.peak_running == 3
+
+
+def test_a_long_prompt_is_cut_once_and_equals_the_masked_dense_model(adapter):
+    prompt = prompt_of(150)
+    oracle = DenseOracle(MODEL, TENSORS, h2o_policy(parse_kv_policy(H2O), interval=4))
+    expected, _ = greedy_with_eviction(oracle, prompt, 40, piece=len(prompt))
+    assert runtime(adapter, H2O).run(LlmRequest(0, list(prompt), 40)) == {0: expected}
+
+
+def test_eviction_gives_blocks_back_and_decoding_stays_within_budget_and_interval(adapter):
+    engine = runtime(adapter, H2O, blocks=20)
+    engine.run(LlmRequest(0, prompt_of(60), 80))
+    assert engine.held[0] == 24, "the prompt is cut to the budget in the step that fed it"
+    assert {24, 25, 26, 27} == set(engine.held[:-1])
+    assert len(engine.manager.impl.free) == 20
+
+
+def test_freed_blocks_admit_more_requests_than_fit_without_eviction(adapter):
+    jobs = [(prompt_of(40, seed=n), 60) for n in range(4)]
+    thrifty, full = runtime(adapter, H2O, blocks=40), build_v12(MODEL, TENSORS, None, blocks=40)
+    assert thrifty.run(*jobs_to_requests(jobs)) == embedded(H2O, *jobs)
+    full.run(*jobs_to_requests(jobs))
+    assert thrifty.pauses == 0
+    assert full.pauses > 0
+
+
+def test_a_paused_request_starts_its_bookkeeping_anew(adapter):
+    engine = runtime(adapter, "h2o:40,sinks=2,recent=6,interval=4", blocks=20)
+    requests = jobs_to_requests([(prompt_of(36), 60), (prompt_of(36, seed=1), 60)])
+    outputs = engine.run(*requests)
+    assert engine.pauses > 0
+    assert [len(tokens) for tokens in outputs.values()] == [60, 60]
+    assert engine.manager.h2o.side_bytes == engine.manager.h2o._ring.num_bytes, "ledgers outlive their requests"
+
+
+def test_a_request_that_never_outgrows_its_budget_costs_nothing(adapter):
+    engine = runtime(adapter, H2O)
+    engine.manager.h2o.begin(7, 20, 8)
+    assert not engine.manager.h2o.tracks(7), "20 + 8 - 1 is below 24 + 4"
+    engine.manager.h2o.begin(7, 20, 9)
+    assert engine.manager.h2o.tracks(7)
+    engine.manager.h2o.begin(8, 20, None)
+    assert engine.manager.h2o.tracks(8), "an unknown limit may be any"
+
+
+def test_a_rank_with_half_the_heads_keeps_as_many_tokens(adapter):
+    """Ranks decide alone; equal counts are all that one block table over all ranks' layers needs."""
+    from trtkit_h2o.trtllm.session import EvictionSession, Geometry
+
+    policy = h2o_policy(parse_kv_policy(H2O), interval=4)
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(50, 4, 8, generator=generator), torch.randn(50, 2, 8, generator=generator)
+
+    def kept(query_heads, kv_heads):
+        geometry = Geometry(
+            layers=1, kv_heads=kv_heads.stop - kv_heads.start, max_sequences=1, device=torch.device("cpu")
+        )
+        session = EvictionSession(policy, geometry)
+        session.begin(0, 50, None)
+        slots = session.prefill(0, 0, queries[:, query_heads], keys[:, kv_heads])
+        assert session.end_prefill(0) == 26
+        return slots
+
+    whole = kept(slice(0, 4), slice(0, 2))
+    halves = [kept(slice(0, 2), slice(0, 1)), kept(slice(2, 4), slice(1, 2))]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(halves[0], halves[1]), "heads that agree show nothing"
+
+
+def test_the_pool_is_read_with_heads_outside_tokens_whatever_its_label(monkeypatch):
+    fake.put_in(monkeypatch, fake.modules(manager=fake.OldKVCacheManager))
+    monkeypatch.delitem(sys.modules, "trtkit_h2o.trtllm.v12", raising=False)
+    old = importlib.import_module("trtkit_h2o.trtllm.v12")
+    job = (prompt_of(40), 50)
+    assert runtime(old, H2O).run(*jobs_to_requests([job])) == embedded(H2O, job)
+
+
+def test_every_module_that_imported_a_dispatch_function_by_value_is_reached(adapter):
+    config = adapter.H2OSparseAttentionConfig(kv_policy=H2O)
+    for module in (
+        "attention_backend",
+        "attention_backend.sparse",
+        "attention_backend.sparse.utils",
+        "pyexecutor._util",
+    ):
+        found = sys.modules[f"{fake.TORCH}.{module}"].get_sparse_attn_kv_cache_manager
+        assert found(config) is adapter.H2OKVCacheManager, module
+        assert found(sparse_attn_config=config) is adapter.H2OKVCacheManager, module
+    for module in ("attention_backend", "attention_backend.sparse", "attention_backend.utils"):
+        found = sys.modules[f"{fake.TORCH}.{module}"].get_trtllm_sparse_attn_attention_backend
+        assert found(config) is adapter.H2OTrtllmAttention, module
+
+
+def test_other_configurations_keep_their_own_classes(adapter):
+    util = sys.modules[f"{fake.TORCH}.pyexecutor._util"]
+    assert util.get_sparse_attn_kv_cache_manager(fake.RocketSparseAttentionConfig()) is fake.RocketKVCacheManager
+    with pytest.raises(ValueError, match="Unsupported sparse attention algorithm: dsa"):
+        util.get_sparse_attn_kv_cache_manager(fake.DeepSeekSparseAttentionConfig())
+
+
+def test_installing_again_changes_nothing(adapter):
+    names = ("get_sparse_attn_kv_cache_manager", "get_trtllm_sparse_attn_attention_backend")
+    utils = sys.modules[f"{fake.SPARSE}.utils"]
+    before = [getattr(utils, name) for name in names]
+    first = adapter.register()
+    assert adapter.register() == first
+    assert len(first) == 8, first
+    assert [getattr(utils, name) for name in names] == before
+
+
+def test_the_configuration_passes_the_closed_union_uncopied_and_survives_pickling(adapter):
+    config = adapter.H2OSparseAttentionConfig(kv_policy=H2O)
+    arguments = fake.TorchLlmArgs(model="m", sparse_attention_config=config)
+    assert arguments.sparse_attention_config is config
+    again = pickle.loads(pickle.dumps(arguments)).sparse_attention_config
+    assert type(again) is adapter.H2OSparseAttentionConfig
+    assert again.kv_policy == H2O
+
+
+def test_unpickling_the_configuration_in_a_worker_registers_there(adapter, monkeypatch):
+    sent = pickle.dumps(adapter.H2OSparseAttentionConfig(kv_policy=H2O))
+    fake.put_in(monkeypatch, fake.modules())  # another process: fresh modules, nothing patched
+    util = sys.modules[f"{fake.TORCH}.pyexecutor._util"]
+    assert util.get_sparse_attn_kv_cache_manager is fake.get_sparse_attn_kv_cache_manager
+    received = pickle.loads(sent)
+    assert util.get_sparse_attn_kv_cache_manager(received).__name__ == "H2OKVCacheManager"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("enable_block_reuse", True, "enable_block_reuse must be False"),
+        ("host_cache_size", 1 << 30, "host_cache_size must be 0"),
+        ("max_attention_window", [64], "max_attention_window must be left out"),
+        ("max_beam_width", 2, "max_beam_width must be 1"),
+        ("spec_config", object(), "speculative decoding must be off"),
+        ("mapping", "pp", "pipeline parallelism must be 1"),
+        ("dtype", fake.DataType.FP8, "must be 16-bit, it is FP8"),
+    ],
+)
+def test_what_eviction_cannot_live_with_is_refused_before_a_pool_exists(adapter, monkeypatch, option, value, line):
+    from fakes.trtllm_kv.executor import Mapping
+
+    monkeypatch.setattr(fake, "BlockPool", None)
+    cache = {"enable_block_reuse": False}
+    options = {"max_batch_size": 2, "max_seq_len": 128, "tokens_per_block": 4, "mapping": Mapping(), "num_layers": 1}
+    if option in fake.KvCacheConfig.model_fields:
+        cache[option] = value
+    else:
+        options[option] = Mapping(pp_size=2) if value == "pp" else value
+    with pytest.raises(UnsupportedError, match=line):
+        adapter.H2OKVCacheManager(
+            fake.KvCacheConfig(**cache),
+            "SELF",
+            sparse_attn_config=adapter.H2OSparseAttentionConfig(kv_policy=H2O),
+            **options,
+        )
+
+
+def test_a_policy_that_keeps_everything_is_refused(adapter):
+    with pytest.raises(UsageError, match="keeps everything"):
+        runtime(adapter, "full")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [({"pos_embd_params": object()}, "rotation outside"), ({"q_scaling": 0.5}, "q_scaling=0.5")],
+)
+def test_layers_whose_scores_or_positions_would_be_wrong_are_refused(adapter, options, line):
+    with pytest.raises(UnsupportedError, match=line):
+        adapter.H2OTrtllmAttention(0, 4, 8, num_kv_heads=2, **options)
+
+
+def test_a_step_prepared_before_the_last_was_updated_is_refused(adapter):
+    engine = runtime(adapter, H2O)
+    request = LlmRequest(0, prompt_of(30), 20)
+    engine.waiting = [request]
+    engine.step()
+    engine.step()
+    batch = engine._schedule()
+    engine.prepare(batch)
+    _, sampled = engine.forward(batch)
+    engine._sample(batch, sampled)
+    following = engine._schedule()
+    engine.prepare(following)
+    with pytest.raises(UnsupportedError, match="disable_overlap_scheduler=True"):
+        engine.forward(following)
+
+
+def test_a_prompt_that_comes_in_chunks_is_refused(adapter):
+    engine = runtime(adapter, H2O)
+    request = LlmRequest(0, prompt_of(30), 20)
+    engine.waiting = [request]
+    batch = engine._schedule()
+    engine.prepare(batch)
+    request.tokens = request.tokens[:16]
+    engine.manager.impl.rewind_kv_cache(0, 14)
+    with pytest.raises(UnsupportedError, match="16 of 30 prompt tokens"):
+        engine.forward(batch)
+
+
+def test_a_release_that_skips_the_prompt_hook_is_noticed(adapter, monkeypatch):
+    monkeypatch.setattr(adapter.H2OTrtllmAttention, "sparse_kv_predict", lambda *_: (None, None))
+    with pytest.raises(EngineError, match="0 of 2 layers"):
+        runtime(adapter, H2O).run(LlmRequest(0, prompt_of(30), 5))
+
+
+def test_rows_of_warm_up_and_padding_leave_real_requests_alone(adapter):
+    """They are no requests of the manager's; their queries go to the spare ring."""
+    job = (prompt_of(40), 50)
+    engine = runtime(adapter, H2O)
+    (request,) = jobs_to_requests([job])
+    dummy = LlmRequest(99, prompt_of(10, seed=5), 1000)
+    engine.waiting = [request]
+    engine.step()
+    engine.manager.impl.memory[:] = engine.manager.impl.memory.nan_to_num()
+    engine.manager.impl.add_sequence(99, 10, 1, dummy)
+    dummy.tokens.append(3)
+    engine.running.insert(0, dummy)
+    while request in engine.running:
+        engine.step()
+    assert {0: request.output} == embedded(H2O, job)
+    assert not engine.manager.h2o.tracks(99)
+    assert engine.manager.impl.num_tokens(99) == 10 + 49, "nobody evicts from it"
+
+
+def test_h2o_needs_tensorrt_llm():
+    from trtkit_h2o.trtllm import h2o_llm_arguments, install
+
+    with pytest.raises(MissingDependencyError, match="--target embedded"):
+        install()
+    with pytest.raises(UsageError, match="'full' needs no eviction"):
+        h2o_llm_arguments(parse_kv_policy("full"))
+
+
+def test_llm_arguments_turn_off_what_the_manager_would_refuse(adapter):
+    from trtkit_h2o.trtllm import h2o_llm_arguments
+
+    arguments = h2o_llm_arguments(parse_kv_policy(H2O))
+    assert arguments["sparse_attention_config"].kv_policy == parse_kv_policy(H2O).label
+    assert arguments["kv_cache_config"] == {"enable_block_reuse": False, "host_cache_size": 0}
+    assert arguments["disable_overlap_scheduler"] is True
+    assert arguments["enable_chunked_prefill"] is False
+    assert arguments["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
