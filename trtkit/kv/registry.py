@@ -6,7 +6,7 @@ import importlib.metadata
 from dataclasses import replace
 
 from trtkit.kv.policy import EvictionPolicy
-from trtkit.spec.errors import UsageError
+from trtkit.spec.errors import TrtkitError, UsageError
 from trtkit.spec.kv import FULL, KVPolicySpec
 
 GROUP = "trtkit.kv_policies"
@@ -39,9 +39,11 @@ def load_policy(spec: KVPolicySpec, *, max_seq_len: int, default_interval: int |
     factory = _factory(spec.kind)
     try:
         policy = factory.from_spec(resolved)  # type: ignore[attr-defined]
-    except AttributeError as error:
+    except TrtkitError:
+        raise
+    except Exception as error:  # noqa: BLE001 - anybody's code: what it raises refuses the policy and stops nothing else
         raise UsageError(
-            f"KV policy {spec.kind!r}: its package is broken ({error}); it needs from_spec(spec)"
+            f"KV policy {spec.kind!r} cannot be built: {type(error).__name__}: {error}; it needs from_spec(spec)"
         ) from error
     if not isinstance(policy, EvictionPolicy):
         raise UsageError(
@@ -59,7 +61,7 @@ def _factory(kind: str) -> object:
         raise UsageError(f"KV policy {kind!r} is claimed twice ({claims}); uninstall one of the packages")
     try:
         return points[0].load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 - importing runs anybody's code
         raise UsageError(
             f"KV policy {kind!r} cannot be loaded from {points[0].value}: {error}; reinstall its package"
         ) from error

@@ -79,14 +79,22 @@ def test_a_package_that_cannot_be_imported_is_one_line(entry_points, value):
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"), [("fractions:Fraction", "needs from_spec"), ("_stub:Odd", "is no eviction")]
+    ("value", "reason"),
+    [
+        ("fractions:Fraction", "needs from_spec"),
+        ("_stub:Odd", "is no eviction"),
+        ("_stub:Raises", "cannot be built: KeyError"),
+    ],
 )
 def test_an_object_that_is_no_policy_is_one_line(entry_points, monkeypatch, value, reason):
     class Odd:
         from_spec = staticmethod(lambda _spec: 3)
 
+    class Raises:
+        from_spec = staticmethod(lambda _spec: {}["budget"])
+
     monkeypatch.setitem(sys.modules, "_stub", type(sys)("_stub"))
-    sys.modules["_stub"].Odd = Odd
+    sys.modules["_stub"].Odd, sys.modules["_stub"].Raises = Odd, Raises
     entry_points(("mine", value))
     with pytest.raises(UsageError, match=reason):
         load("mine:50%")
