@@ -41,7 +41,7 @@ def load_policy(spec: KVPolicySpec, *, max_seq_len: int, default_interval: int |
         policy = factory.from_spec(resolved)  # type: ignore[attr-defined]
     except TrtkitError:
         raise
-    except Exception as error:  # noqa: BLE001 - anybody's code: what it raises refuses the policy and stops nothing else
+    except Exception as error:
         raise UsageError(
             f"KV policy {spec.kind!r} cannot be built: {type(error).__name__}: {error}; it needs from_spec(spec)"
         ) from error
@@ -61,7 +61,7 @@ def _factory(kind: str) -> object:
         raise UsageError(f"KV policy {kind!r} is claimed twice ({claims}); uninstall one of the packages")
     try:
         return points[0].load()
-    except Exception as error:  # noqa: BLE001 - importing runs anybody's code
+    except Exception as error:
         raise UsageError(
             f"KV policy {kind!r} cannot be loaded from {points[0].value}: {error}; reinstall its package"
         ) from error
