@@ -40,6 +40,7 @@ from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.trtllm.capabilities import check_plan, kv_fidelity
+from trtkit.trtllm.policies import check_adapter
 from trtkit.trtllm.requirements import require_builder_device, require_target
 from trtkit.version import __version__
 
@@ -121,6 +122,7 @@ def build_engine(
     check_free(path, force=force, marker=MANIFEST_NAME)
     check_fit(plan)
     check_plan(plan)
+    check_adapter(plan)
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
     if plan.target == "tensorrt":
         require_builder_device(plan)

@@ -57,17 +57,27 @@ def verify(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpoint_dir:
     Raises:
         InputError: the drift is beyond the limit: the engine would not compute this model.
     """
-    layers = model.num_layers if model.num_params * 4 <= SMALL_MODEL_BYTES else min(TRUNCATED_LAYERS, model.num_layers)
-    prompt, tokens = _probe(model.vocab_size)
-    theirs = _reference(source_dir, layers, prompt, tokens)
+    layers = layers_to_run(model)
+    prompt, tokens = probe_tokens(model.vocab_size)
+    theirs = reference(source_dir, layers, prompt, tokens)
     with _truncated(checkpoint_dir, layers) as directory:
         ours = _embedded(directory, prompt, tokens)
-    return _judged(ours, theirs, layers, quant, checkpoint_dir)
+    return judged(ours, theirs, layers, quant, checkpoint_dir)
 
 
-def _judged(
+def layers_to_run(model: ModelSpec) -> int:
+    """All layers of a small model, the first few of a large one."""
+    return model.num_layers if model.num_params * 4 <= SMALL_MODEL_BYTES else min(TRUNCATED_LAYERS, model.num_layers)
+
+
+def judged(
     ours: NDArray[np.float64], theirs: NDArray[np.float64], layers: int, quant: QuantSpec, checkpoint_dir: Path
 ) -> dict[str, float]:
+    """What `verify` returns, from log-probabilities [positions, tokens] of both sides.
+
+    Raises:
+        InputError: the drift is beyond the precision's limit.
+    """
     import numpy as np
 
     spread = theirs - theirs.mean(axis=1, keepdims=True)
@@ -87,7 +97,7 @@ def _judged(
     }
 
 
-def _probe(vocab_size: int) -> tuple[list[int], list[int]]:
+def probe_tokens(vocab_size: int) -> tuple[list[int], list[int]]:
     """A prompt and the tokens whose log-probability is asked for after each of `POSITIONS`."""
     import numpy as np
 
@@ -97,7 +107,7 @@ def _probe(vocab_size: int) -> tuple[list[int], list[int]]:
     return [int(token) for token in prompt], [int(token) for token in tokens]
 
 
-def _reference(source_dir: Path, layers: int, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float64]:
+def reference(source_dir: Path, layers: int, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float64]:
     """Log-probabilities [positions, tokens] by transformers in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -164,6 +164,7 @@ def kv_fidelity(plan: BuildPlan, *, allow_approximate: bool) -> KVFidelity:
     """How closely the target carries out the plan's KV policy.
 
     The engine backend's runtime never drops single tokens of a live request; a cyclic window with sinks is all it has.
+    On the PyTorch backend a policy's own adapter carries it out; whether there is one is asked in `trtkit.trtllm.policies`.
 
     Raises:
         UnsupportedError: it would be an approximation and nobody allowed one, or it cannot be done at all.
@@ -171,10 +172,7 @@ def kv_fidelity(plan: BuildPlan, *, allow_approximate: bool) -> KVFidelity:
     if plan.kv.is_full or plan.target == "embedded":
         return KVFidelity.EXACT
     if plan.target == "pytorch":
-        raise UnsupportedError(
-            f"{plan.name}: KV policy {plan.kv.label} on the PyTorch backend needs the adapter that `trtkit doctor --h2o` "
-            "reports on, and it cannot be built into a bundle yet; use --kv full or --target embedded"
-        )
+        return KVFidelity.EXACT
     if not allow_approximate:
         raise UnsupportedError(
             f"{plan.name}: TensorRT-LLM's engine runtime offers no place where KV policy {plan.kv.label} could evict tokens; "

@@ -19,6 +19,7 @@ from trtkit.spec.plan import BuildPlan, Limits
 from trtkit.trtllm.engine_build import ENGINE_DIR, check_engine
 from trtkit.trtllm.installed import Installation, installation_here
 from trtkit.trtllm.lower import llm_arguments
+from trtkit.trtllm.policies import with_policy
 from trtkit.trtllm.requirements import require_runtime, require_target
 from trtkit.trtllm.runtime import LlmEngine, Native
 
@@ -87,7 +88,7 @@ def _open(plan: BuildPlan, model: Path, module: str, found: Installation) -> Llm
     api = importlib.import_module("tensorrt_llm.llmapi")
 
     def open_llm(scoring: bool) -> Native:
-        arguments = native_arguments(llm_arguments(plan, scoring=scoring), api)
+        arguments = native_arguments(with_policy(plan, llm_arguments(plan, scoring=scoring)), api)
         _check_arguments(arguments, plan, found)
         try:
             llm: Native = llm_class(str(model), **arguments)

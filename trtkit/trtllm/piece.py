@@ -69,17 +69,29 @@ class RankFile:
 class PieceWorker:
     """Moves pieces; any number of threads may call `move`, each with a read buffer of its own."""
 
-    def __init__(self, source: SourceCheckpoint, ranks: Sequence[RankFile], descriptors: Mapping[Path, int]) -> None:
-        """Use files that `opened` has opened."""
+    def __init__(
+        self,
+        source: SourceCheckpoint,
+        ranks: Sequence[RankFile],
+        descriptors: Mapping[Path, int],
+        scale_suffix: str = SCALE_SUFFIX,
+    ) -> None:
+        """Use files that `opened` has opened; scales are named like their weight, with `scale_suffix` at the end."""
         self._source = source
         self._ranks = ranks
         self._descriptors = descriptors
+        self._scale_suffix = scale_suffix
         self._local = threading.local()
 
     @classmethod
     @contextlib.contextmanager
     def opened(
-        cls, source: SourceCheckpoint, paths: Sequence[Path], layouts: Sequence[FileLayout]
+        cls,
+        source: SourceCheckpoint,
+        paths: Sequence[Path],
+        layouts: Sequence[FileLayout],
+        *,
+        scale_suffix: str = SCALE_SUFFIX,
     ) -> Iterator[PieceWorker]:
         """Open the source's files for reading and the existing rank files for writing."""
         with contextlib.ExitStack() as stack:
@@ -94,7 +106,7 @@ class PieceWorker:
                 with output_errors(path):
                     handle = stack.enter_context(path.open("rb+", buffering=0))
                 ranks.append(RankFile(path, layout, handle.fileno()))
-            yield cls(source, ranks, descriptors)
+            yield cls(source, ranks, descriptors, scale_suffix)
 
     def move(self, piece: Slab) -> None:
         """Read, cast or quantise, check and write one piece.
@@ -122,7 +134,7 @@ class PieceWorker:
         """Columns of a row share its scale, so ranks that split columns all get it."""
         for target in piece.targets:
             rank = self._ranks[target.rank]
-            name = f"{target.name.removesuffix('weight')}{SCALE_SUFFIX}"
+            name = f"{target.name.removesuffix('weight')}{self._scale_suffix}"
             stored = cast(scales[:, None], DType.FP32, rank.dtype(name), f"{where}: scale", piece.row)
             rank.write(name, target.row, stored)
 

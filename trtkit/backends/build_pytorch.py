@@ -1,0 +1,103 @@
+"""Building for TensorRT-LLM's PyTorch backend: a unified checkpoint and the arguments it is opened with. No compiler.
+
+The bundle's `checkpoint/` is a Hugging Face directory, so `trtllm-serve checkpoint --config llm_args.json` serves it too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from trtkit.backends.build import BuildJob, copy_tokenizer
+from trtkit.backends.verify import judged, layers_to_run, probe_tokens, reference
+from trtkit.spec.atomic import output_errors, write_text
+from trtkit.spec.directory import check_space
+from trtkit.spec.model import ModelSpec
+from trtkit.spec.quant import QuantSpec
+from trtkit.spec.units import GIB
+from trtkit.trtllm.layout import source_shapes
+from trtkit.trtllm.lower import llm_arguments
+from trtkit.trtllm.unified import SCALE_NAME, is_linear, write_unified
+
+LLM_ARGUMENTS = "llm_args.json"
+_WRITING = "checkpoint.writing"
+_SPARE_BYTES = GIB // 64
+
+
+def build_pytorch(job: BuildJob) -> None:
+    """Fill the job's directory with a unified checkpoint, a tokenizer and the arguments.
+
+    Raises:
+        InputError: the source is damaged, or what was written does not compute what the source does.
+        OutputError: the disk is full or too small.
+        UnsupportedError: the precision needs calibration.
+    """
+    plan, checkpoint = job.plan, job.directory / "checkpoint"
+    if not checkpoint.is_dir():
+        with job.phase("convert"):
+            writing = job.directory / _WRITING
+            check_space(job.directory, _bytes_needed(plan.model, plan.quant))
+            with output_errors(writing):
+                shutil.rmtree(writing, ignore_errors=True)
+                writing.mkdir()
+            # The tokenizer first: its files include the source's config.json, which the checkpoint's own replaces.
+            copy_tokenizer(job.source_dir, writing)
+            write_unified(job.source_dir, writing, plan.quant, progress=job.progress)
+            with output_errors(checkpoint):
+                writing.rename(checkpoint)
+    copy_tokenizer(job.source_dir, job.directory / "tokenizer")
+    with job.phase("verify"):
+        job.verification.update(verify_unified(plan.model, plan.quant, job.source_dir, checkpoint))
+    write_text(job.directory / LLM_ARGUMENTS, json.dumps(llm_arguments(plan), indent=2) + "\n")
+
+
+def verify_unified(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpoint_dir: Path) -> dict[str, float]:
+    """Multiply the scales back in and hold the result against the source, both run by transformers in float32.
+
+    Raises:
+        InputError: the two differ by more than the precision explains.
+    """
+    layers = layers_to_run(model)
+    prompt, tokens = probe_tokens(model.vocab_size)
+    theirs = reference(source_dir, layers, prompt, tokens)
+    with tempfile.TemporaryDirectory(prefix="trtkit-verify-") as name:
+        _dequantise(model, checkpoint_dir, Path(name), layers)
+        ours = reference(Path(name), layers, prompt, tokens)
+    return judged(ours, theirs, layers, quant, checkpoint_dir)
+
+
+def _dequantise(model: ModelSpec, checkpoint_dir: Path, output_dir: Path, layers: int) -> None:
+    """Write the first layers in float32, read from the files with safetensors' own reader."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for file in sorted(checkpoint_dir.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            names = set(handle.keys())
+            for name in names & set(source_shapes(model)):
+                if _layer_of(name) >= layers:
+                    continue
+                tensor = handle.get_tensor(name).float()
+                scale = f"{name.removesuffix('weight')}{SCALE_NAME}"
+                if is_linear(name) and scale in names:
+                    tensor = tensor * handle.get_tensor(scale).float()[:, None]
+                tensors[name] = tensor.to(torch.float32)
+    save_file(tensors, output_dir / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint_dir / "config.json").read_text(encoding="utf-8"))
+    config |= {"num_hidden_layers": layers, "torch_dtype": "float32", "dtype": "float32"}
+    (output_dir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _layer_of(name: str) -> int:
+    """The block a tensor belongs to; -1 outside of all."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1] == "layers" else -1
+
+
+def _bytes_needed(model: ModelSpec, quant: QuantSpec) -> int:
+    linear = model.num_layers * model.linear_params_per_layer
+    return linear * quant.weights.bits // 8 + (model.num_params - linear) * quant.compute.bits // 8 + _SPARE_BYTES
