@@ -42,6 +42,7 @@ def load_policy(spec: KVPolicySpec, *, max_seq_len: int, default_interval: int |
     except TrtkitError:
         raise
     except Exception as error:
+        # Anybody's code: whatever it raises refuses this policy and stops nothing else.
         raise UsageError(
             f"KV policy {spec.kind!r} cannot be built: {type(error).__name__}: {error}; it needs from_spec(spec)"
         ) from error
@@ -62,6 +63,7 @@ def _factory(kind: str) -> object:
     try:
         return points[0].load()
     except Exception as error:
+        # Importing runs anybody's code.
         raise UsageError(
             f"KV policy {kind!r} cannot be loaded from {points[0].value}: {error}; reinstall its package"
         ) from error
