@@ -38,6 +38,12 @@ class LlmRequest:
     is_dummy: bool = False
     py_num_compressed_tokens: int = 0
     state: LlmRequestState = LlmRequestState.CONTEXT_INIT
+    ahead: list[int] = field(default_factory=list)
+
+    @property
+    def known(self):
+        """Tokens the device knows: under overlap, more than the host does."""
+        return self.tokens + self.ahead
 
     def __post_init__(self):
         self.prompt_len = self.prompt_len or len(self.tokens)
@@ -130,7 +136,7 @@ class Executor:
     def metadata(self, batch):
         requests = batch.context_requests + batch.generation_requests
         contexts = len(batch.context_requests)
-        cached = [0] * contexts + [len(r.tokens) - 1 for r in batch.generation_requests]
+        past_seen = [len(r.known) - 1 - r.py_num_compressed_tokens for r in batch.generation_requests]
         return self.metadata_class(
             max_num_sequences=self.max_batch_size,
             kv_cache_manager=self.manager,
@@ -138,13 +144,13 @@ class Executor:
             prompt_lens=[r.prompt_len for r in requests],
             seq_lens=torch.tensor([len(r.tokens) for r in batch.context_requests] + [1] * len(requests[contexts:])),
             num_contexts=contexts,
-            kv_cache_params=v12.KVCacheParams(use_cache=True, num_cached_tokens_per_seq=cached),
+            kv_cache_params=v12.KVCacheParams(use_cache=True, num_cached_tokens_per_seq=[0] * contexts + past_seen),
         )
 
     def forward(self, batch):
         metadata = self.metadata(batch)
-        fed = [r.tokens for r in batch.context_requests] + [r.tokens[-1:] for r in batch.generation_requests]
-        starts = [0] * len(batch.context_requests) + [len(r.tokens) - 1 for r in batch.generation_requests]
+        fed = [r.tokens for r in batch.context_requests] + [r.known[-1:] for r in batch.generation_requests]
+        starts = [0] * len(batch.context_requests) + [len(r.known) - 1 for r in batch.generation_requests]
         positions = torch.cat([torch.arange(s, s + len(t)) for s, t in zip(starts, fed, strict=True)])
         metadata.prepare()
         ids = torch.tensor([token for tokens in fed for token in tokens])

@@ -59,6 +59,8 @@ def h2o_llm_arguments(spec: KVPolicySpec) -> dict[str, Any]:
     return {
         "kv_cache_compression_config": adapter.H2OKvCacheCompressionConfig(kv_policy=spec.label),
         "kv_cache_config": {"use_kv_cache_manager_v2": True, "enable_block_reuse": False},
+        "enable_chunked_prefill": False,
+        "disable_overlap_scheduler": True,
         "max_beam_width": 1,
         "cuda_graph_config": None,
     }

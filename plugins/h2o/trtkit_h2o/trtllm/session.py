@@ -29,8 +29,8 @@ from trtkit_h2o.trtllm.ring import StepRing
 
 RING_QUERIES = 32
 """Decode queries that wait for one pass over the keys."""
-_OVERLAP_SLACK = 2
-"""Queries of steps already enqueued when a round reads the ring, so that they overwrite nothing unread."""
+_SLACK = 2
+"""Queries more than that which the ring takes, for rounds that had to wait (see `end_step`)."""
 _CUDA_LOGITS = 1 << 26
 _CPU_LOGITS = 1 << 21
 
@@ -57,15 +57,15 @@ class Geometry:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Tracked:
-    """One evicting sequence. `waiting` tokens are cached but neither in the ledger nor scored; `fed` counts steps
-    begun (ahead of `num_tokens` only while a step is under way)."""
+    """One evicting sequence. `num_tokens` have been computed; `fed` counts the token of a step under way too. The last
+    `waiting` of them are cached but neither in the ledger nor scored."""
 
     policy: EvictionPolicy
     ledger: AttentionLedger
     prompt_len: int
     slot: int
+    fed: int
     num_tokens: int = 0
-    fed: int = 0
     waiting: int = 0
     evicted: int = 0
     layers_seen: set[int] = field(default_factory=set)
@@ -80,7 +80,7 @@ class EvictionSession:
         self._tracked: dict[int, _Tracked] = {}
         watch = policy.watch
         self._flush_at = watch.window if watch.queries == "last" else RING_QUERIES
-        self._ring = StepRing(geometry.layers, geometry.max_sequences, self._flush_at + _OVERLAP_SLACK, geometry.device)
+        self._ring = StepRing(geometry.layers, geometry.max_sequences, self._flush_at + _SLACK, geometry.device)
 
     @property
     def side_bytes(self) -> int:
@@ -103,13 +103,13 @@ class EvictionSession:
         ledger = AttentionLedger(
             geometry.layers,
             geometry.kv_heads,
-            budget.tokens + budget.interval + _OVERLAP_SLACK,
+            budget.tokens + budget.interval + _SLACK,
             decay=policy.watch.decay,
             device=str(geometry.device),
         )
         ledger.append(0, min(prompt_len, budget.tokens))
         self._tracked[request_id] = _Tracked(
-            policy=policy, ledger=ledger, prompt_len=prompt_len, slot=self._ring.take()
+            policy=policy, ledger=ledger, prompt_len=prompt_len, slot=self._ring.take(), fed=prompt_len
         )
 
     def forget(self, request_id: int) -> None:
@@ -179,7 +179,7 @@ class EvictionSession:
                 f"H2O was asked about {len(tracked.layers_seen)} of {self._geometry.layers} layers of a prompt; this "
                 "TensorRT-LLM does not call sparse_kv_predict as 1.2 does"
             )
-        tracked.num_tokens = tracked.fed = tracked.prompt_len
+        tracked.num_tokens = tracked.prompt_len
         tracked.evicted = tracked.prompt_len - tracked.ledger.length
         return tracked.evicted
 
@@ -190,7 +190,8 @@ class EvictionSession:
             rows: request id of each generation row in order, with its logical position where the runtime tells it.
 
         Raises:
-            UnsupportedError: a position is not the next one, so this process does not see every step.
+            UnsupportedError: the step before has not ended, or a position is not the next one. Under the overlap
+                scheduler a round would come a step late, and tokens would differ from every other target's.
         """
         targets: list[tuple[int, int] | None] = []
         for request_id, position in rows:
@@ -198,9 +199,9 @@ class EvictionSession:
             if tracked is None:
                 targets.append(None)
                 continue
-            if position is not None and not position == tracked.fed == tracked.num_tokens:
+            if tracked.fed != tracked.num_tokens or position not in (None, tracked.fed):
                 raise UnsupportedError(
-                    f"H2O expected token {tracked.num_tokens} of a request and got {position}; set "
+                    f"H2O expected token {tracked.num_tokens} of a request to be next and not under way; set "
                     "disable_overlap_scheduler=True and use no speculative decoding"
                 )
             targets.append((tracked.slot, tracked.fed))
@@ -212,13 +213,12 @@ class EvictionSession:
         if self.policy.watch.queries != "none":
             self._ring.write_aimed(layer, q_BHD)
 
-    def end_step(self, request_id: int, pool: Pool, *, tail: int = 0) -> int:
+    def end_step(self, request_id: int, pool: Pool | None) -> int:
         """A decode step of one request is over: count its token, and hold a round where one is due.
 
         Args:
             request_id: unknown ones are ignored.
-            pool: the cache.
-            tail: slots behind the live ones that a step already enqueued has reserved; they move along unchanged.
+            pool: the cache; None while it is out of reach, so that a round waits for a later step.
 
         Returns:
             Tokens to drop from the sequence's tail.
@@ -228,12 +228,14 @@ class EvictionSession:
             return 0
         tracked.num_tokens += 1
         tracked.waiting += 1
+        if pool is None:
+            return 0
         budget = tracked.policy.budget
-        if tracked.waiting == self._flush_at:
+        if tracked.waiting >= self._flush_at:
             self._flush(request_id, tracked, pool)
         if tracked.ledger.length + tracked.waiting < budget.tokens + budget.interval:
             return 0
-        return self._evict(request_id, tracked, pool, tail)
+        return self._evict(request_id, tracked, pool)
 
     def _flush(self, request_id: int, tracked: _Tracked, pool: Pool) -> None:
         """Bring waiting tokens into the ledger, and the mass their queries gave."""
@@ -245,7 +247,7 @@ class EvictionSession:
         if tracked.policy.watch.queries == "all":
             tracked.ledger.add(slice(None), self._mass(request_id, tracked, pool, count), count)
 
-    def _evict(self, request_id: int, tracked: _Tracked, pool: Pool, tail: int) -> int:
+    def _evict(self, request_id: int, tracked: _Tracked, pool: Pool) -> int:
         self._flush(request_id, tracked, pool)
         ledger, watch = tracked.ledger, tracked.policy.watch
         if watch.queries == "last":
@@ -254,7 +256,7 @@ class EvictionSession:
         keep = _decide(tracked.policy, ledger.positions.clone(), ledger.mass.clone(), tracked.num_tokens)
         before = ledger.length
         moves = plan_moves(keep.flatten(0, 1), before)
-        self._move(request_id, pool, moves, range(before, before + tail))
+        self._move(request_id, pool, moves)
         ledger.compact(moves)
         tracked.evicted += before - ledger.length
         return before - ledger.length
@@ -279,21 +281,16 @@ class EvictionSession:
             parts.append(mass)
         return torch.cat(parts)
 
-    def _move(self, request_id: int, pool: Pool, moves: HoleMoves, tail: range) -> None:
-        """Carry out `moves` (rows are flat (layer, KV head) rows, ascending) in every layer, then close up `tail`."""
+    def _move(self, request_id: int, pool: Pool, moves: HoleMoves) -> None:
+        """Carry out `moves` in every layer; their rows are flat (layer, KV head) rows, ascending."""
         heads, layers = self._geometry.kv_heads, self._geometry.layers
         device = moves.rows.device
         table = torch.tensor([list(pool.blocks(request_id))], dtype=torch.int32, device=device)
         sequence = torch.zeros_like(moves.rows)
-        table_M4 = torch.stack([sequence, moves.rows % heads, moves.sources, moves.targets], dim=1).to(torch.int32)
+        moves_M4 = torch.stack([sequence, moves.rows % heads, moves.sources, moves.targets], dim=1).to(torch.int32)
         bounds = torch.searchsorted(moves.rows, torch.arange(layers + 1, device=device) * heads).tolist()
-        behind = [[0, head, slot, moves.kept + at] for at, slot in enumerate(tail) for head in range(heads)]
-        behind_M4 = torch.tensor(behind, dtype=torch.int32, device=device).reshape(-1, 4)
         for layer, (start, end) in enumerate(itertools.pairwise(bounds)):
-            compact_paged(pool.view(layer), table, table_M4[start:end])
-            if behind:
-                # A call of its own: the tail's targets are among the slots just vacated.
-                compact_paged(pool.view(layer), table, behind_M4)
+            compact_paged(pool.view(layer), table, moves_M4[start:end])
 
 
 def _keys(view: Tensor, table: Tensor, length: int) -> Tensor:
