@@ -182,6 +182,17 @@ def test_watching_without_evicting_changes_no_logit():
     assert np.array_equal(*logits.values())
 
 
+def test_a_share_is_one_of_each_requests_own_prompt_and_output():
+    loads = {"short": (prompt_of(50, 1), 30), "long": (prompt_of(110, 2), 20)}
+    kv = "sinks=2,recent=6,interval=4"
+    half = open_small(MODEL, TENSORS, f"h2o:50%,{kv}")
+    shares = run(half, *(request(name, *load) for name, load in loads.items()))
+    for name, (prompt, count) in loads.items():
+        exact = open_small(MODEL, TENSORS, f"h2o:{(len(prompt) + count) // 2},{kv}")
+        assert shares[name] == run(exact, request(name, prompt, count))[name]
+        assert exact.kv_stats().evictions > 0
+
+
 def test_the_cache_never_holds_more_than_budget_and_piece():
     with open_small(MODEL, TENSORS, H2O) as engine:
         run(engine, request("a", prompt_of(200), 40))

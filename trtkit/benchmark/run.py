@@ -270,7 +270,7 @@ def assemble(cell: Cell, repeats: tuple[Repeat, ...], environment: Environment, 
         memory=UNKNOWN_MEMORY,
         repeats=repeats,
         environment=environment,
-        checks=bookkeeping_checks(repeats, cell.workload, lowered_kv(plan)),
+        checks=bookkeeping_checks(repeats, cell.workload, lowered_kv(plan, cell.workload)),
         shares=shares(plan, cell.workload, metrics, environment.machine_limits, requests_peak=peak or None),
     )
 

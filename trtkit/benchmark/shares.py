@@ -61,18 +61,21 @@ def multiply_limit(plan: BuildPlan, limits: Mapping[str, Measured]) -> Measured 
     return max(rates, key=lambda rate: rate.value, default=None)
 
 
-def lowered_kv(plan: BuildPlan) -> KVPolicySpec:
-    """The policy in tokens, as an engine takes it: a share of its max_seq_len, an open interval of one block."""
+def lowered_kv(plan: BuildPlan, workload: Workload) -> KVPolicySpec:
+    """The policy in tokens, as an engine takes it: a share of each request's context, an open interval of one block.
+
+    Prompts of a file's own lengths (`isl` 0) have no one context; the longest the engine takes stands for it.
+    """
     if plan.kv.is_full:
         return plan.kv
-    resolved = plan.kv.resolved(plan.limits.max_seq_len)
+    resolved = plan.kv.resolved(workload.isl + workload.osl if workload.isl else plan.limits.max_seq_len)
     return replace(resolved, interval=resolved.interval or plan.limits.tokens_per_block)
 
 
 def mean_context(plan: BuildPlan, workload: Workload) -> float:
     """Cached tokens a decode step sees, averaged over the output; a policy may keep no more than its budget."""
     context = workload.isl + (workload.osl - 1) / 2
-    budget = lowered_kv(plan).budget
+    budget = lowered_kv(plan, workload).budget
     return context if budget is None else min(context, budget)
 
 

@@ -69,7 +69,11 @@ class EvictionObserver:
         self._policy(spec)
 
     def admit(self, sequence: Sequence) -> None:
-        """See `LayerObserver.admit`. A request that can never outgrow its budget is left alone altogether."""
+        """See `LayerObserver.admit`. A request that can never outgrow its budget is left alone altogether.
+
+        A share becomes tokens here: it is one of the request's own longest context.
+        """
+        sequence.kv_policy = sequence.kv_policy.resolved(sequence.prompt_len + sequence.max_new_tokens)
         policy = self._policy(sequence.kv_policy)
         if policy is None:
             return

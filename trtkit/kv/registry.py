@@ -20,7 +20,7 @@ def policy_names() -> tuple[str, ...]:
 def load_policy(spec: KVPolicySpec, *, max_seq_len: int, default_interval: int | None = None) -> EvictionPolicy | None:
     """Build the policy a spec names; None for `full`.
 
-    A share is taken of `max_seq_len`. `default_interval` (the engine's block size) fills in an open interval.
+    A share is taken of `max_seq_len` here; an engine resolves it per request before. `default_interval` (the engine's block size) fills in an open interval.
 
     Raises:
         UsageError: no such policy, two packages claim the name, the package is broken, or the budget is above

@@ -85,11 +85,10 @@ def _count_evictions(
     policy = scoring.info.kv_policy
     if policy.is_full or (evictions == 0 and not resumed):
         return
-    budget, slack = scoring.budget, policy.interval or 0
-    scoring.counts.acted += sum(
-        len(job.prompt_ids) > budget or len(job.prompt_ids) + len(result.token_ids) > budget + slack
-        for job, result in zip(jobs, results, strict=True)
-    )
+    for job, result in zip(jobs, results, strict=True):
+        budget = scoring.budget_of(len(job.prompt_ids) + job.max_tokens)
+        outgrown = len(job.prompt_ids) + len(result.token_ids) > budget + (policy.interval or 0)
+        scoring.counts.acted += len(job.prompt_ids) > budget or outgrown
 
 
 def _run(engine: Engine, decoder: Tokenizer, jobs: dict[str, Job]) -> Iterator[tuple[str, list[int]]]:

@@ -79,11 +79,10 @@ class ContinuationScorer:
     progress: Progress = no_progress
     counts: ScoringCounts = field(default_factory=ScoringCounts)
 
-    @property
-    def budget(self) -> int:
-        """Tokens the engine's policy keeps; a share is one of max_seq_len, as engines take it. 0 without a policy."""
+    def budget_of(self, context_tokens: int) -> int:
+        """Tokens the engine's policy keeps of one request's longest context, of which a share is taken. 0 without one."""
         policy = self.info.kv_policy
-        return 0 if policy.is_full else policy.resolved(self.info.max_seq_len).budget or 0
+        return 0 if policy.is_full else policy.resolved(context_tokens).budget or 0
 
     def score(self, items: Sequence[Item], phase: str = "score") -> list[tuple[float, bool]]:
         """Sum of natural-log probabilities and "every token is the greedy one", per item in order.
@@ -205,4 +204,5 @@ class ContinuationScorer:
         self.counts.evictions += value["evictions"]
         self.counts.tokens_evicted += value["tokens_evicted"]
         # A piece within the budget is never evicted before what follows is read.
-        self.counts.acted += value["evictions"] > 0 and any(end > self.budget for end in request.chunk_ends)
+        budget = self.budget_of(len(request.context_ids) + 1)
+        self.counts.acted += value["evictions"] > 0 and any(end > budget for end in request.chunk_ends)

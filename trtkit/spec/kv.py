@@ -95,12 +95,15 @@ class KVPolicySpec:
         return f"{self.kind}:{','.join(parts)}"
 
     def resolved(self, context_tokens: int) -> KVPolicySpec:
-        """The same policy with its budget in tokens, a share being taken of `context_tokens`."""
+        """The same policy with its budget in tokens: a share of `context_tokens`, but no less than what is protected.
+
+        `context_tokens` is the longest one request's context can get: its prompt and its output.
+        """
         if self.budget_fraction is None:
             return self
-        return replace(
-            self, budget=max(1, int(self.budget_fraction * context_tokens + _ROUNDING)), budget_fraction=None
-        )
+        protected = (self.recent or 0) + (self.sinks or 0)
+        share = int(self.budget_fraction * context_tokens + _ROUNDING)
+        return replace(self, budget=max(1, protected, share), budget_fraction=None)
 
 
 def _percent(fraction: float) -> str:

@@ -72,7 +72,7 @@ def test_an_evicting_policy_reads_at_most_its_budget() -> None:
         limits = Limits(max_seq_len=160, tokens_per_block=16)
         return mean_context(replace(PLAN, kv=parse_kv_policy(policy), limits=limits), load)
 
-    assert [kept(policy) for policy in ("full", "h2o:32", "h2o:400", "h2o:50%")] == [110, 32, 110, 80]
+    assert [kept(policy) for policy in ("full", "h2o:32", "h2o:400", "h2o:50%")] == [110, 32, 110, 60]
 
 
 def test_an_open_loop_has_no_known_step() -> None:
@@ -97,9 +97,11 @@ def test_below_32_bits_the_fastest_measured_type_bounds_the_products() -> None:
     assert multiply_limit(PLAN, {}) is None
 
 
-def test_a_share_of_the_cache_is_taken_of_the_engines_longest_sequence_as_the_engine_does() -> None:
+def test_a_share_of_the_cache_is_taken_of_each_requests_context_as_the_engine_does() -> None:
     plan = replace(PLAN, limits=Limits(max_seq_len=160, tokens_per_block=16))
-    lowered = lowered_kv(replace(plan, kv=parse_kv_policy("h2o:50%")))
-    assert (lowered.budget, lowered.interval) == (80, 16)
-    assert lowered_kv(replace(plan, kv=parse_kv_policy("h2o:8,interval=4"))).interval == 4
-    assert lowered_kv(plan).is_full
+    load = Workload(isl=100, osl=20, num_requests=1)
+    half = replace(plan, kv=parse_kv_policy("h2o:50%"))
+    assert (lowered_kv(half, load).budget, lowered_kv(half, load).interval) == (60, 16)
+    assert lowered_kv(half, replace(load, isl=0)).budget == 80
+    assert lowered_kv(replace(plan, kv=parse_kv_policy("h2o:8,interval=4")), load).interval == 4
+    assert lowered_kv(plan, load).is_full

@@ -37,7 +37,7 @@ def test_h2o_comes_through_the_same_door_as_anybodys_policy():
     assert type(load("h2o:2048")).__module__ == "trtkit_h2o.policy"
 
 
-def test_a_share_is_taken_of_the_longest_sequence():
+def test_a_share_that_nobody_resolved_is_one_of_the_longest_sequence():
     assert load("h2o:50%").budget.tokens == 2048
 
 

@@ -103,7 +103,7 @@ class EvictsAtTheEnd(BigramEngine):
 
 @pytest.mark.parametrize("budget", [{"budget": 30}, {"budget_fraction": 0.5}])
 def test_an_eviction_after_the_last_piece_does_not_count_as_acted(budget: dict[str, float]) -> None:
-    """The shots are 20 tokens, the context 40, the budget 30 (or half of a max_seq_len of 60)."""
+    """The shots are 20 tokens, the context 40, the budget 30 (or half of the context and a token)."""
     engine = EvictsAtTheEnd(kv=KVPolicySpec(kind="window", **budget), max_seq_len=60)  # type: ignore[arg-type]
     scorer = scorer_of(engine)
     scorer.score(items())

@@ -78,9 +78,9 @@ def test_a_share_resolves_to_whole_tokens(share: float, context: int, budget: in
     assert (resolved.budget, resolved.budget_fraction, resolved.scorer) == (budget, None, "sum")
 
 
-def test_a_share_too_small_for_what_it_protects_is_refused_when_resolved() -> None:
-    with pytest.raises(UsageError, match=r"KV budget 50 is below sinks \+ recent = 64"):
-        KVPolicySpec(kind="h2o", budget_fraction=0.5, recent=64).resolved(100)
+def test_a_share_is_never_resolved_below_what_it_protects() -> None:
+    policy = KVPolicySpec(kind="h2o", budget_fraction=0.5, recent=60, sinks=4)
+    assert [policy.resolved(tokens).budget for tokens in (100, 128, 130)] == [64, 64, 65]
 
 
 def test_a_budget_in_tokens_and_full_resolve_to_themselves() -> None:
