@@ -16,6 +16,7 @@ from trtkit.spec.plan import BuildPlan
 from trtkit.spec.units import format_gib
 from trtkit.trtllm.capabilities import broken, check_plan, kv_fidelity
 from trtkit.trtllm.convert import stored_quant
+from trtkit.trtllm.engine_build import BUILDING_DIR, TIMING_NAME
 from trtkit.trtllm.lower import build_argv
 
 
@@ -102,7 +103,7 @@ def _commands(plan: BuildPlan, output: Path) -> tuple[str, ...]:
     if plan.target != "tensorrt":
         return ()
     partial = partial_directory(output)
-    return (shlex.join(build_argv(plan, partial / "checkpoint", partial / "engine", partial / ".timing.cache")),)
+    return (shlex.join(build_argv(plan, partial / "checkpoint", partial / BUILDING_DIR, partial / TIMING_NAME)),)
 
 
 def summary(bundle: EngineBundle) -> str:

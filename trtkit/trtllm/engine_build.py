@@ -23,8 +23,8 @@ from trtkit.trtllm.lower import build_argv
 
 ENGINE_DIR = "engine"
 LOG_NAME = "build.log"
-_BUILDING = "engine.building"
-_TIMING = ".timing.cache"
+BUILDING_DIR = "engine.building"
+TIMING_NAME = ".timing.cache"
 _RANK_DONE = re.compile(r"Total time of building (?!all engines)")
 _PEAK = re.compile(r"Build phase peak memory: ([0-9.]+) MB(?:, children: ([0-9.]+) MB)?")
 _OUT_OF_MEMORY = re.compile(r"OutOfMemory|out of memory|Requested amount of GPU memory", re.IGNORECASE)
@@ -53,9 +53,9 @@ def run_trtllm_build(
         CapacityError: the GPU's memory did not suffice.
         EngineError: it failed or was killed; the log's tail is in the message.
     """
-    building, finished = directory / _BUILDING, directory / ENGINE_DIR
+    building, finished = directory / BUILDING_DIR, directory / ENGINE_DIR
     shutil.rmtree(building, ignore_errors=True)
-    cache = directory / _TIMING
+    cache = directory / TIMING_NAME
     if shared_cache.is_file():
         shutil.copyfile(shared_cache, cache)
     argv = build_argv(plan, directory / "checkpoint", building, cache)

@@ -16,9 +16,6 @@ from trtkit.spec.engine import Request
 from trtkit.spec.plan import BuildPlan
 from trtkit.trtllm.capabilities import adjustments
 
-_GEMM_PLUGIN = {None: "auto", "FP8": "fp8"}
-"""By algorithm; weight-only matmuls have a plugin of their own that the builder selects, so the rest stays `auto`."""
-
 
 def kv_bytes_per_token(plan: BuildPlan) -> int:
     """Bytes that one token adds to one rank's cache, all its layers."""
@@ -50,7 +47,7 @@ def build_argv(plan: BuildPlan, checkpoint_dir: Path, output_dir: Path, timing_c
         "use_paged_context_fmha": _switch(paged_context),
         "use_fp8_context_fmha": _switch(quant.algo == "FP8" and quant.kv is DType.FP8),
         "gpt_attention_plugin": "auto",
-        "gemm_plugin": _GEMM_PLUGIN.get(quant.algo, "auto"),
+        "gemm_plugin": "auto",
         "nccl_plugin": "auto" if plan.parallel.world_size > 1 else "disable",
         "use_fused_mlp": _switch(quant.algo in (None, "FP8")),
         "reduce_fusion": _switch(plan.parallel.tp > 1),

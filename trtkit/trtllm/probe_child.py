@@ -27,7 +27,6 @@ NAMES = (
     "tensorrt_llm.llmapi.CapacitySchedulerPolicy",
     "tensorrt_llm.llmapi.ExtendedRuntimePerfKnobConfig",
     "mpi4py.MPI",
-    "modelopt.torch.quantization",
 )
 """Everything trtkit's runtimes touch, by dotted name."""
 

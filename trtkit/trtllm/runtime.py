@@ -12,7 +12,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator
 from typing import Any, Protocol
 
 from trtkit.spec.admission import check_request
@@ -79,7 +79,13 @@ class LlmEngine:
         self._cancelled: set[str] = set()
         self._closed = False
         self._logits = False
-        self._start(logits=False)
+        self._llm: Native | None = None
+        self._pool: PoolWatch | None = None
+        try:
+            self._start(logits=False)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, *, logits: bool) -> None:
         self._llm = self._open_llm(logits)
@@ -96,7 +102,7 @@ class LlmEngine:
     @property
     def info(self) -> EngineInfo:
         """Sizes and limits; the pool's size is what the runtime reports."""
-        limits, stats = self._plan.limits, self._pool.stats()
+        limits, stats = self._plan.limits, self._watch.stats()
         return EngineInfo(
             target=self._plan.target,
             device="cuda",
@@ -163,22 +169,22 @@ class LlmEngine:
         """One request from submission to its last event, whatever happens."""
         count = 0
         try:
-            result = self._llm.generate_async(list(request.prompt_ids), parameters, streaming=True)
+            result = self._native.generate_async(list(request.prompt_ids), parameters, streaming=True)
             self._live[request.request_id] = result
-            async for event in self._tokens(request, max_tokens, result):
-                count += event.token_id is not None
-                events.put(event)
-                if event.finish is not None:
-                    break
-            else:
-                events.put(self._unfinished(request, count, result))
+            async with contextlib.aclosing(self._tokens(request, max_tokens, result)) as tokens:
+                async for event in tokens:
+                    count += event.token_id is not None
+                    events.put(event)
+                    if event.finish is not None:
+                        return
+            events.put(self._unfinished(request, count, result))
         except Exception as error:  # noqa: BLE001 - whatever TensorRT-LLM raises ends this request, with its text
             events.put(_end(request, count, FinishReason.ERROR, f"TensorRT-LLM: {error}".splitlines()[0]))
         finally:
             self._live.pop(request.request_id, None)
             self._cancelled.discard(request.request_id)
 
-    async def _tokens(self, request: Request, max_tokens: int, result: Any) -> AsyncIterator[TokenEvent]:  # noqa: ANN401
+    async def _tokens(self, request: Request, max_tokens: int, result: Any) -> AsyncGenerator[TokenEvent, None]:  # noqa: ANN401
         """Events of a response stream; the last token is known by its count or by being a stop token."""
         stops = {*request.stop_ids, *(() if request.ignore_eos else self._plan.model.eos_ids)}
         seen = 0
@@ -210,7 +216,7 @@ class LlmEngine:
 
     def kv_stats(self) -> KVStats:
         """The pool after the latest iteration that was reported."""
-        return self._pool.stats()
+        return self._watch.stats()
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
         """Log-probabilities, from the logits of one next token at a time; see `trtkit.trtllm.scores`."""
@@ -221,7 +227,7 @@ class LlmEngine:
             )
         if not self._logits:
             self._restart(logits=True)
-        return score(requests, self._llm, self._sampling_class, self._plan, self._wait)
+        return score(requests, self._native, self._sampling_class, self._plan, self._wait)
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -231,20 +237,37 @@ class LlmEngine:
 
     def _restart(self, *, logits: bool) -> None:
         """Logits cost memory and time, so a benchmark runs without them; scoring opens the engine anew."""
-        self._pool.close()
-        self._llm.shutdown()
+        self._shut_down()
         self._start(logits=logits)
+
+    def _shut_down(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+        if self._llm is not None:
+            self._llm.shutdown()
+        self._pool = self._llm = None
+
+    @property
+    def _native(self) -> Native:
+        assert self._llm is not None, "closed"
+        return self._llm
+
+    @property
+    def _watch(self) -> PoolWatch:
+        assert self._pool is not None, "closed"
+        return self._pool
 
     def close(self) -> None:
         """Shut the `LLM` and both threads down."""
         if self._closed:
             return
         self._closed = True
-        self._pool.close()
         with contextlib.suppress(RuntimeError):
-            self._llm.shutdown()
+            self._shut_down()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def __enter__(self) -> LlmEngine:
         return self

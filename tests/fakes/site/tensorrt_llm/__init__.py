@@ -1,3 +1,4 @@
+# ruff: noqa: T201, E402, N814
 """A strict stand-in for TensorRT-LLM: the part of its Python API that trtkit calls, computed by the embedded engine.
 
 It refuses whatever the real package is stated to refuse: unknown arguments, names a version does not have, limits

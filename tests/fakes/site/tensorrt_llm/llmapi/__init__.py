@@ -1,3 +1,4 @@
+# ruff: noqa: RUF012, E741
 """Argument classes of the LLM API, strict: a name or a type that the real class does not take is an error."""
 
 from __future__ import annotations

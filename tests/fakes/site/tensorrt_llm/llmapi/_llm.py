@@ -1,3 +1,4 @@
+# ruff: noqa: RUF012, T201
 """`LLM` of both backends over the embedded engine: in-flight batching in a thread, results through queues."""
 
 from __future__ import annotations

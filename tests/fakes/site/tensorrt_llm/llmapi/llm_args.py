@@ -1,3 +1,4 @@
+# ruff: noqa: RUF012
 """The argument models behind `LLM(**kwargs)`."""
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+"""What TensorRT-LLM cannot do is refused before the work, with the way out and the source."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from trtkit.spec.catalog import model_preset
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import UnsupportedError
+from trtkit.spec.kv import KVFidelity, parse_kv_policy
+from trtkit.spec.plan import BuildPlan
+from trtkit.spec.quant import quant_for
+from trtkit.trtllm.capabilities import RULES, adjustments, broken, check_plan, kv_fidelity
+
+
+def plan(precision: str = "int8", gpu: str = "h100-sxm", target: str = "tensorrt", **changes: object) -> BuildPlan:
+    base = BuildPlan(
+        name="p", model=model_preset("llama-3-70b"), model_source="x", gpu=gpu, quant=quant_for(precision),
+        target=target,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+CASES = {
+    "weight-only-blackwell": plan(gpu="b200"),
+    "int8-kv-blackwell": plan("fp16", gpu="b200", quant=quant_for("fp16", kv=DType.INT8)),
+    "fp8-needs-sm89": plan("fp8", gpu="a100-80gb-sxm", target="pytorch"),
+    "int8-kv-paged-context": plan(quant=quant_for("int8", kv=DType.INT8)),
+    "fp8-kv-without-fp8": plan(quant=quant_for("int8", kv=DType.FP8)),
+    "gptq-int8-pytorch": plan("int8-gptq", target="pytorch"),
+    "int8-kv-pytorch": plan(target="pytorch", quant=quant_for("int8", kv=DType.INT8)),
+    "scheme-pytorch": plan("int8-sq", target="pytorch"),
+    "int8-bias-pytorch": plan(
+        target="pytorch", model=dataclasses.replace(model_preset("llama-3-70b"), attn_qkv_bias=True)
+    ),
+    "int8-bf16-pytorch": plan(target="pytorch", quant=quant_for("int8", compute=DType.BF16)),
+    "fp32-pytorch": plan("fp32", target="pytorch"),
+}
+
+
+@pytest.mark.parametrize("name", [rule.name for rule in RULES])
+def test_every_rule_meets_its_case_and_is_refused_or_adjusts(name: str) -> None:
+    case = CASES[name]
+    rule = next(rule for rule in broken(case) if rule.name == name)
+    assert rule.source
+    if rule.adjusts:
+        assert rule.adjusts in adjustments(case)
+        check_plan(case)
+        return
+    with pytest.raises(UnsupportedError) as caught:
+        check_plan(case)
+    assert "; use " in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "pytorch"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_the_plain_precisions_pass_on_a100_and_h100(precision: str, target: str) -> None:
+    for gpu in ("a100-80gb-sxm", "h100-sxm"):
+        assert broken(plan(precision, gpu, target)) == []
+
+
+def test_a_full_cache_is_exact_everywhere() -> None:
+    assert kv_fidelity(plan(), allow_approximate=False) is KVFidelity.EXACT
+
+
+def test_engines_refuse_eviction_unless_a_window_may_stand_in_and_then_say_so() -> None:
+    evicting = plan(kv=parse_kv_policy("h2o:50%"))
+    with pytest.raises(UnsupportedError, match="--allow-approximate"):
+        kv_fidelity(evicting, allow_approximate=False)
+    assert kv_fidelity(evicting, allow_approximate=True) is KVFidelity.WINDOW_ONLY
