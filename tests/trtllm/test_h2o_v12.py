@@ -92,6 +92,13 @@ def test_other_policies_and_long_intervals_equal_the_embedded_engines_too(adapte
     assert runtime(adapter, kv).run(*jobs_to_requests([job])) == embedded(kv, job)
 
 
+def test_a_share_is_one_of_each_requests_own_context(adapter):
+    kv = "h2o:50%,sinks=2,recent=6,interval=4"
+    jobs = [(prompt_of(40), 40), (prompt_of(20, seed=1), 30)]
+    assert runtime(adapter, kv).run(*jobs_to_requests(jobs)) == embedded(kv, *jobs)
+    assert embedded(kv, *jobs) != embedded("full", *jobs)
+
+
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(adapter):
     jobs = [(prompt_of(n, seed=n), c) for n, c in [(60, 50), (9, 70), (33, 1), (20, 3), (45, 40), (30, 25)]]
     engine = runtime(adapter, H2O, max_batch_size=3)
@@ -144,9 +151,10 @@ def test_a_request_that_never_outgrows_its_budget_costs_nothing(adapter):
 
 def test_a_rank_with_half_the_heads_keeps_as_many_tokens(adapter):
     """Ranks decide alone; equal counts are all that one block table over all ranks' layers needs."""
+    from trtkit_h2o.trtllm.policies import RequestPolicies
     from trtkit_h2o.trtllm.session import EvictionSession, Geometry
 
-    policy = h2o_policy(parse_kv_policy(H2O), interval=4)
+    policies = RequestPolicies(H2O, max_seq_len=256, tokens_per_block=4)
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(50, 4, 8, generator=generator), torch.randn(50, 2, 8, generator=generator)
 
@@ -154,7 +162,7 @@ def test_a_rank_with_half_the_heads_keeps_as_many_tokens(adapter):
         geometry = Geometry(
             layers=1, kv_heads=kv_heads.stop - kv_heads.start, max_sequences=1, device=torch.device("cpu")
         )
-        session = EvictionSession(policy, geometry)
+        session = EvictionSession(policies, geometry)
         session.begin(0, 50, None)
         slots = session.prefill(0, 0, queries[:, query_heads], keys[:, kv_heads])
         assert session.end_prefill(0) == 26

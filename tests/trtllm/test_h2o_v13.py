@@ -163,7 +163,7 @@ def test_admission_refuses_reuse_and_speculation(adapter):
     ("kv", "error", "line"),
     [
         ("full", UsageError, "keeps everything"),
-        ("snapkv:24,recent=8", UnsupportedError, "a pinned prompt is not scored"),
+        ("snapkv:24,recent=8", UnsupportedError, "a pinned prompt is never scored"),
     ],
 )
 def test_policies_that_make_no_sense_here_are_refused(adapter, kv, error, line):

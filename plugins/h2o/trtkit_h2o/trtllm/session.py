@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from trtkit.kv.moves import HoleMoves, plan_moves
 from trtkit.kv.policy import CachedTokens, EvictionPolicy
 from trtkit.kv.selection import check_slots
 from trtkit.spec.errors import EngineError, UnsupportedError
+from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.ring import StepRing
 
 RING_QUERIES = 32
@@ -74,11 +75,11 @@ class _Tracked:
 class EvictionSession:
     """All sequences of one KV cache manager."""
 
-    def __init__(self, policy: EvictionPolicy, geometry: Geometry) -> None:
-        self.policy = policy
+    def __init__(self, policies: RequestPolicies, geometry: Geometry) -> None:
+        self._policies = policies
         self._geometry = geometry
         self._tracked: dict[int, _Tracked] = {}
-        watch = policy.watch
+        watch = policies.widest.watch
         self._flush_at = watch.window if watch.queries == "last" else RING_QUERIES
         self._ring = StepRing(geometry.layers, geometry.max_sequences, self._flush_at + _SLACK, geometry.device)
 
@@ -87,13 +88,10 @@ class EvictionSession:
         """Memory held beside the KV cache: ledgers and ring."""
         return self._ring.num_bytes + sum(t.ledger.num_bytes for t in self._tracked.values())
 
-    def begin(self, request_id: int, prompt_len: int, max_new_tokens: int | None, *, pin_prompt: bool = False) -> None:
-        """A request's prompt is about to run. One that can never outgrow its budget is left alone.
-
-        With `pin_prompt` the budget counts generated tokens: all of the prompt stays, as if it were sinks.
-        """
+    def begin(self, request_id: int, prompt_len: int, max_new_tokens: int | None) -> None:
+        """A request's prompt is about to run. One that can never outgrow its budget is left alone."""
         self.forget(request_id)
-        policy = _pinned(self.policy, prompt_len) if pin_prompt else self.policy
+        policy = self._policies.of(prompt_len, max_new_tokens)
         budget = policy.budget
         # The last output token is never fed.
         grown = None if max_new_tokens is None else prompt_len + max_new_tokens - 1
@@ -161,12 +159,8 @@ class EvictionSession:
         tracked.layers_seen.add(layer)
         return keep[0]
 
-    def end_prefill(self, request_id: int, *, scored: bool = True) -> int:
-        """The prompt is in, compacted in place by the attention operator.
-
-        Args:
-            request_id: unknown ones are ignored.
-            scored: `prefill` ran for every layer; False where a pinned prompt needs no scores.
+    def end_prefill(self, request_id: int) -> int:
+        """The prompt is in, and compacted in place by the attention operator. Unknown requests are ignored.
 
         Returns:
             Tokens to drop from the sequence's tail.
@@ -174,6 +168,7 @@ class EvictionSession:
         tracked = self._tracked.get(request_id)
         if tracked is None or tracked.num_tokens:
             return 0
+        scored = not self._policies.pins_prompts
         if scored and len(tracked.layers_seen) != self._geometry.layers:
             raise EngineError(
                 f"H2O was asked about {len(tracked.layers_seen)} of {self._geometry.layers} layers of a prompt; this "
@@ -210,7 +205,7 @@ class EvictionSession:
 
     def observe(self, layer: int, q_BHD: Tensor) -> None:
         """One layer's rotated queries of the step's generation rows, [B, Hq, D]. Safe inside a CUDA graph."""
-        if self.policy.watch.queries != "none":
+        if self._policies.widest.watch.queries != "none":
             self._ring.write_aimed(layer, q_BHD)
 
     def end_step(self, request_id: int, pool: Pool | None) -> int:
@@ -307,19 +302,6 @@ def _decide(policy: EvictionPolicy, positions: Tensor, mass: Tensor, num_tokens:
         raise EngineError(f"the KV policy kept {tuple(keep.shape)} slots instead of {expected}")
     check_slots(keep, mass.shape[-1])
     return keep
-
-
-def _pinned(policy: EvictionPolicy, prompt_len: int) -> EvictionPolicy:
-    """The same policy with the prompt as sinks and its budget on top."""
-    old = policy.budget
-    budget = replace(old, tokens=prompt_len + old.tokens, sinks=prompt_len + old.sinks)
-    anybody: Any = policy
-    try:
-        return cast("EvictionPolicy", replace(anybody, budget=budget))
-    except TypeError:
-        raise UnsupportedError(
-            f"KV policy {type(policy).__name__} cannot pin a prompt: it is no dataclass with a budget; use h2o"
-        ) from None
 
 
 def _logits(tensor: Tensor) -> int:

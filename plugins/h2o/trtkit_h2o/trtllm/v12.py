@@ -21,11 +21,10 @@ from tensorrt_llm._torch.pyexecutor.resource_manager import KVCacheManager
 from tensorrt_llm.llmapi.llm_args import RocketSparseAttentionConfig
 from torch import Tensor
 
-from trtkit.kv.registry import load_policy
 from trtkit.kv.selection import Selection
-from trtkit.spec.errors import UnsupportedError, UsageError
-from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.errors import UnsupportedError
 from trtkit_h2o.trtllm.patch import route
+from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.pool import ManagerPool
 from trtkit_h2o.trtllm.session import EvictionSession
 
@@ -133,18 +132,17 @@ class H2OKVCacheManager(KVCacheManager):  # type: ignore[misc]
 
         Raises:
             UnsupportedError: an option that eviction cannot live with, with what to set instead.
+            UsageError: a policy that keeps everything or does not exist.
         """
         _refuse(kv_cache_config, kwargs)
-        policy = load_policy(
-            parse_kv_policy(sparse_attn_config.kv_policy),
+        policies = RequestPolicies(
+            sparse_attn_config.kv_policy,
             max_seq_len=kwargs["max_seq_len"],
-            default_interval=kwargs["tokens_per_block"],
+            tokens_per_block=kwargs["tokens_per_block"],
         )
-        if policy is None:
-            raise UsageError("H2OSparseAttentionConfig: kv_policy keeps everything; leave sparse_attention_config out")
         super().__init__(kv_cache_config, kv_cache_type, **kwargs)
         self._h2o_pool = ManagerPool(self)
-        self.h2o = EvictionSession(policy, self._h2o_pool.geometry(kwargs["max_batch_size"]))
+        self.h2o = EvictionSession(policies, self._h2o_pool.geometry(kwargs["max_batch_size"]))
 
     def prepare_resources(self, scheduled_batch: Any) -> None:  # noqa: ANN401
         """Room for the step's tokens; new prompts are announced to the session."""

@@ -21,10 +21,9 @@ from tensorrt_llm._torch.attention_backend.trtllm import TrtllmAttention
 from tensorrt_llm._torch.pyexecutor.resource_manager import KVCacheCompressionManager
 from tensorrt_llm.llmapi.llm_args import KvCacheCompressionConfig, TorchLlmArgs
 
-from trtkit.kv.registry import load_policy
-from trtkit.spec.errors import UnsupportedError, UsageError
-from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.errors import UnsupportedError
 from trtkit_h2o.trtllm.patch import route
+from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.pool import ManagerPool
 from trtkit_h2o.trtllm.session import EvictionSession
 
@@ -60,12 +59,12 @@ class H2OCompressionManager(KVCacheCompressionManager):  # type: ignore[misc]
 
     def on_request_init(self, request: Any, **_: Any) -> None:  # noqa: ANN401
         """A first context chunk is about to run."""
-        self._session().begin(request.py_request_id, request.py_prompt_len, request.py_max_new_tokens, pin_prompt=True)
+        self._session().begin(request.py_request_id, request.py_prompt_len, request.py_max_new_tokens)
 
     def on_context_step_end(self, requests: Any, **_: Any) -> None:  # noqa: ANN401
         """Prompts are in, whole: nothing of them is dropped."""
         for request in requests:
-            self._session().end_prefill(request.py_request_id, scored=False)
+            self._session().end_prefill(request.py_request_id)
 
     def on_generation_step_begin(self, scheduled_batch: Any, **_: Any) -> None:  # noqa: ANN401
         """Say where this step's queries go."""
@@ -97,17 +96,14 @@ class H2OCompressionManager(KVCacheCompressionManager):  # type: ignore[misc]
         if self._h2o is None:
             manager = self.kv_cache_manager
             _refuse(manager)
-            policy = load_policy(
-                parse_kv_policy(self._kv_policy),
+            policies = RequestPolicies(
+                self._kv_policy,
                 max_seq_len=manager.max_seq_len,
-                default_interval=manager.tokens_per_block,
+                tokens_per_block=manager.tokens_per_block,
+                pin_prompt=True,
             )
-            if policy is None:
-                raise UsageError("H2OKvCacheCompressionConfig: kv_policy keeps everything; leave the configuration out")
-            if policy.watch.queries == "last":
-                raise UnsupportedError(f"{policy}: a pinned prompt is not scored, so only h2o and window work here")
             self._pool = ManagerPool(manager)
-            self._h2o = EvictionSession(policy, self._pool.geometry(manager.max_batch_size))
+            self._h2o = EvictionSession(policies, self._pool.geometry(manager.max_batch_size))
             setattr(manager, _COLLECTOR, self._h2o)
         return self._h2o
 
