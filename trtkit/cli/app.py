@@ -17,6 +17,7 @@ from trtkit.version import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "build": ("trtkit.cli.build", "Build an engine from a checkpoint."),
     "convert": ("trtkit.cli.convert", "Convert a Hugging Face checkpoint to a TensorRT-LLM checkpoint."),
+    "doctor": ("trtkit.cli.doctor", "What this machine can build and run, and why not the rest."),
     "generate": ("trtkit.cli.generate", "Generate from token ids or text with an engine."),
     "chat": ("trtkit.cli.chat", "Talk to an engine."),
     "bench": ("trtkit.cli.bench", "Benchmark engines with one protocol."),

@@ -14,11 +14,19 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
+from trtkit.spec.quant import PRECISIONS
 
 ENGINE_RELEASES = ((1, 2),)
 """Releases whose engine backend trtkit drives; 1.3 removed it."""
 
 PYTORCH_SINCE = (1, 2)
+BUILDABLE: dict[str, tuple[str | None, ...]] = {
+    "embedded": (None, "W8A16"),
+    "tensorrt": (None, "W8A16"),
+    "pytorch": (None, "W8A16"),
+}
+"""Algorithms whose checkpoints trtkit writes itself, by target."""
+
 _WEIGHT_ONLY = ("W8A16", "W8A16_GPTQ", "W4A16_AWQ")
 _PYTORCH_ALGOS = (None, "W8A16", "FP8", "W4A16_AWQ")
 
@@ -158,6 +166,17 @@ def check_plan(plan: BuildPlan) -> None:
             raise UnsupportedError(
                 f"{plan.name}: {rule.says} (target {plan.target}, {plan.gpu}); use {rule.instead} [{rule.source}]"
             )
+    reason = unbuildable(plan)
+    if reason is not None:
+        raise UnsupportedError(f"{plan.name}: {reason}; use --precision int8")
+
+
+def unbuildable(plan: BuildPlan) -> str | None:
+    """What trtkit itself lacks for a precision, whatever TensorRT-LLM can do; None if nothing."""
+    if plan.quant.algo in BUILDABLE[plan.target]:
+        return None
+    known = ", ".join(name for name, quant in PRECISIONS.items() if quant.algo in BUILDABLE[plan.target])
+    return f"trtkit writes no {plan.quant.precision} checkpoint for target {plan.target} (it writes {known})"
 
 
 def kv_fidelity(plan: BuildPlan, *, allow_approximate: bool) -> KVFidelity:

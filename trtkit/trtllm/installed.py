@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -83,18 +83,24 @@ def _probed(_python_path: str, _path: str, timeout_s: float) -> Installation:
     tools = _Tools()
     if not _importable():
         return tools.absent()
-    command = [sys.executable, "-m", "trtkit.trtllm.probe_child"]
+    found, error = ask((), timeout_s=timeout_s)
+    return tools.failed(error) if error else tools.answered(found)
+
+
+def ask(arguments: Sequence[str], *, timeout_s: float = PROBE_TIMEOUT_S) -> tuple[Any, str]:
+    """What the probing process answers, and what is wrong if it gives no answer."""
+    command = [sys.executable, "-m", "trtkit.trtllm.probe_child", *arguments]
     try:
         done = subprocess.run(  # noqa: S603 - our own module
             command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, check=False
         )
     except subprocess.TimeoutExpired:
-        return tools.failed(f"importing it did not end within {timeout_s:g} s (MPI?)")
+        return None, f"importing it did not end within {timeout_s:g} s (MPI?)"
     lines = [line for line in done.stdout.splitlines() if line.startswith(ANSWER)]
     if not lines:
         tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return tools.failed(f"importing it ended with exit code {done.returncode}: {tail}")
-    return tools.answered(json.loads(lines[-1].removeprefix(ANSWER)))
+        return None, f"importing it ended with exit code {done.returncode}: {tail}"
+    return json.loads(lines[-1].removeprefix(ANSWER)), ""
 
 
 class _Tools:

@@ -1,7 +1,8 @@
-"""What the installed TensorRT-LLM has, told by a process of its own: `python -m trtkit.trtllm.probe_child`.
+"""What the installed TensorRT-LLM has, told by a process of its own: `python -m trtkit.trtllm.probe_child [FUNCTION]`.
 
 Importing TensorRT-LLM takes half a minute, starts MPI, may hang and prints on standard output, so nobody imports it to
-have a look. The answer is the one line that begins with `ANSWER`.
+have a look. The answer is the one line that begins with `ANSWER`. With `module:function` it is what that function returns, a
+list of dataclasses: a plugin's own probe.
 """
 
 from __future__ import annotations
@@ -71,6 +72,14 @@ def _arguments(thing: Any) -> list[str] | None:  # noqa: ANN401 - anything a lib
         return None
 
 
+def answer(arguments: Sequence[str]) -> object:
+    """The probe's, or a plugin's."""
+    if not arguments:
+        return probe()
+    module, _, function = arguments[0].partition(":")
+    return [dataclasses.asdict(finding) for finding in getattr(importlib.import_module(module), function)()]
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"\n{ANSWER}{json.dumps(probe())}\n")
+    sys.stdout.write(f"\n{ANSWER}{json.dumps(answer(sys.argv[1:]))}\n")
     sys.stdout.flush()
