@@ -1,3 +1,4 @@
+# syntax=docker/dockerfile:1
 # trtkit on a release of TensorRT-LLM without engines (PyTorch backend only). Build from the repository's root:
 #   docker build --file docker/pytorch.Dockerfile --tag trtkit:trtllm-pytorch .
 # For a newer release: --build-arg TENSORRT_LLM_PYTORCH_IMAGE=nvcr.io/nvidia/tensorrt-llm/release:<tag>
@@ -13,12 +14,10 @@ RUN python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-di
 
 FROM ${TENSORRT_LLM_PYTORCH_IMAGE}
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-COPY --from=wheel /wheels /tmp/wheels
 # What the image already has stays as it is: torch there is NVIDIA's own build.
-RUN python3 -m pip list --format=freeze > /tmp/image.txt \
-    && wheel="$(echo /tmp/wheels/trtkit-*.whl)" \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/image.txt "${wheel}[eval,report]" \
-    && rm -rf /tmp/wheels /tmp/image.txt \
+RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
+    wheel="$(echo /wheels/trtkit-*.whl)" \
+    && python3 -m pip install --no-cache-dir --constraint <(python3 -m pip list --format=freeze) "${wheel}[eval,report]" \
     && useradd --create-home --uid 10001 --user-group trtkit \
     && install --directory --owner=trtkit --group=trtkit /models /builds /results
 

@@ -124,8 +124,8 @@ def test_nothing_is_fetched_with_add_or_curl_and_no_secret_is_baked_in(dockerfil
 @pytest.mark.parametrize("path", GPU_FILES, ids=lambda p: p.name)
 def test_the_images_own_packages_stay_as_they_are(path):
     (install,) = [text for text in of(path, "RUN", final=True) if "pip install" in text]
-    assert "pip list --format=freeze > /tmp/image.txt" in install
-    assert "--constraint /tmp/image.txt" in install
+    assert "--constraint <(python3 -m pip list --format=freeze)" in install
+    assert "bash" in of(path, "SHELL", final=True)[-1], "process substitution is bash's"
 
 
 def test_the_two_gpu_files_differ_in_their_base_only():
