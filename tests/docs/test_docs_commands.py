@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from trtkit.cli.app import COMMANDS, build_app
 from typer.testing import CliRunner
+
+from trtkit.cli.app import COMMANDS, build_app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("b*/**/README.md")])

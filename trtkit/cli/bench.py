@@ -13,7 +13,7 @@ Engines = Annotated[list[str], typer.Argument(help="Engine directories, e.g. bui
 Option = typer.Option
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     engines: Engines,
     protocol: Annotated[str, Option(help="A protocol's name, or a TOML file.")] = "token-tax",
     concurrency: Annotated[str | None, Option(help="Requests in flight, e.g. 1,8,32.")] = None,

@@ -15,7 +15,7 @@ from trtkit.spec.quant import quant_for
 from trtkit.spec.units import format_gib
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     source: Annotated[Path, typer.Argument(help="Hugging Face model directory (safetensors, single or sharded).")],
     output: Annotated[Path, typer.Argument(help="Checkpoint directory to create.")],
     precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8 (weight-only).")] = "fp16",

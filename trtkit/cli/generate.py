@@ -12,7 +12,7 @@ from trtkit.cli.common import JsonFlag
 Option = typer.Option
 
 
-def command(  # noqa: PLR0917 - typer's options
+def command(
     engine: Annotated[Path, typer.Argument(help="Engine directory.", show_default=False)],
     prompt: Annotated[str | None, Option(help="Prompt as text (needs the engine's tokenizer).")] = None,
     prompt_ids: Annotated[str | None, Option(help="Prompt as token ids, e.g. 1,2,3.")] = None,
