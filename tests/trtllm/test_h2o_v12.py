@@ -270,12 +270,17 @@ def test_a_policy_that_keeps_everything_is_refused(adapter):
 
 
 @pytest.mark.parametrize(
-    ("options", "line"),
-    [({"pos_embd_params": object()}, "rotation outside"), ({"q_scaling": 0.5}, "q_scaling=0.5")],
+    ("positional", "named", "line"),
+    [
+        ((), {"pos_embd_params": object()}, "rotation outside"),
+        ((), {"q_scaling": 0.5}, "q_scaling=0.5"),
+        ((2, None, 0.25), {}, "q_scaling=0.25"),
+    ],
 )
-def test_layers_whose_scores_or_positions_would_be_wrong_are_refused(adapter, options, line):
+def test_layers_whose_scores_or_positions_would_be_wrong_are_refused(adapter, positional, named, line):
     with pytest.raises(UnsupportedError, match=line):
-        adapter.H2OTrtllmAttention(0, 4, 8, num_kv_heads=2, **options)
+        adapter.H2OTrtllmAttention(0, 4, 8, *positional, **named)
+    adapter.H2OTrtllmAttention(0, 4, 8, 2, None, 1.0, None)
 
 
 def test_a_step_prepared_before_the_last_was_updated_is_refused(adapter):

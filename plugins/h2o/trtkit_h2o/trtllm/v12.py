@@ -13,6 +13,7 @@ The runtime goes on counting logical tokens; `prepare` tells attention the short
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -77,11 +78,13 @@ class H2OTrtllmAttention(TrtllmAttention):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - passed through
         """Refuse what would make scores or positions wrong."""
-        if kwargs.get("pos_embd_params") is not None:
+        given = inspect.signature(TrtllmAttention.__init__).bind(self, *args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        if given.get("pos_embd_params") is not None:
             raise UnsupportedError("H2O needs rotation outside the attention operator, and this layer fuses it")
-        if (kwargs.get("q_scaling") or 1.0) != 1.0:
+        if (given.get("q_scaling") or 1.0) != 1.0:
             raise UnsupportedError(
-                f"H2O scores with 1/sqrt(head_dim), this layer scales by q_scaling={kwargs['q_scaling']}"
+                f"H2O scores with 1/sqrt(head_dim), this layer scales by q_scaling={given['q_scaling']}"
             )
         super().__init__(*args, **kwargs)
 
