@@ -25,6 +25,6 @@ USER 10001:10001
 WORKDIR /home/trtkit
 ENV PATH=/opt/trtkit/bin:$PATH HF_HOME=/models/hub
 VOLUME ["/models", "/builds", "/results"]
-HEALTHCHECK --interval=5m --timeout=1m --start-period=30s --retries=1 CMD ["trtkit", "--version"]
+HEALTHCHECK --interval=5m --timeout=1m --start-period=30s --retries=1 CMD ["trtkit", "doctor", "--require", "embedded"]
 ENTRYPOINT ["trtkit"]
 CMD ["--help"]

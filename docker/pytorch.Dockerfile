@@ -25,6 +25,6 @@ USER 10001:10001
 WORKDIR /home/trtkit
 ENV HF_HOME=/models/hub
 VOLUME ["/models", "/builds", "/results"]
-HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=1 CMD ["trtkit", "--version"]
+HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=1 CMD ["trtkit", "doctor", "--require", "pytorch"]
 ENTRYPOINT ["trtkit"]
 CMD ["--help"]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from trtkit.cli.app import COMMANDS
+from trtkit.spec.plan import TARGETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,11 +100,21 @@ def test_the_container_is_the_command(dockerfile):
     assert json.loads(of(dockerfile, "CMD")[-1]) == ["--help"]
 
 
-def test_the_health_check_runs_a_command_that_exists(dockerfile):
+def test_the_health_check_asks_for_the_target_the_image_is_for(dockerfile):
+    target = {"Dockerfile": "tensorrt", "pytorch.Dockerfile": "pytorch", "cpu.Dockerfile": "embedded"}[dockerfile.name]
     (text,) = of(dockerfile, "HEALTHCHECK")
-    program, command, *_ = json.loads(text.partition("CMD ")[2])
+    program, command, *options = json.loads(text.partition("CMD ")[2])
     assert program == "trtkit"
-    assert command in {*COMMANDS, "--version"}
+    assert command in COMMANDS
+    assert options == ["--require", target]
+    assert target in TARGETS
+
+
+def test_the_cpu_images_health_check_passes_here():
+    run = subprocess.run(
+        [sys.executable, "-m", "trtkit", "doctor", "--require", "embedded"], capture_output=True, check=False
+    )
+    assert run.returncode == 0
 
 
 def test_pip_keeps_no_cache_and_pins_what_it_installs_by_name(dockerfile):
@@ -131,7 +142,8 @@ def test_the_images_own_packages_stay_as_they_are(path):
 def test_the_two_gpu_files_differ_in_their_base_only():
     def neutral(path):
         found = [
-            (i.word, i.text.replace("TENSORRT_LLM_PYTORCH_IMAGE", "TENSORRT_LLM_IMAGE")) for i in instructions(path)
+            (i.word, i.text.replace("_PYTORCH_IMAGE", "_IMAGE").replace('"pytorch"', '"tensorrt"'))
+            for i in instructions(path)
         ]
         return [pair for pair in found if not pair[1].startswith("TENSORRT_LLM_IMAGE=")]
 

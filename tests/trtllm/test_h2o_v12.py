@@ -180,6 +180,21 @@ def test_the_pool_is_read_with_heads_outside_tokens_whatever_its_label(monkeypat
     old = importlib.import_module("trtkit_h2o.trtllm.v12")
     job = (prompt_of(40), 50)
     assert runtime(old, H2O).run(*jobs_to_requests([job])) == embedded(H2O, job)
+    sys.modules.pop("trtkit_h2o.trtllm.v12")
+
+
+def test_a_pool_that_is_shown_as_a_copy_is_refused(monkeypatch):
+    """Compaction would change the copy and leave the cache as it is."""
+
+    class Copying(fake.KVCacheManager):
+        def get_buffers(self, layer_idx, kv_layout="NHD"):
+            return super().get_buffers(layer_idx, kv_layout).clone()
+
+    fake.put_in(monkeypatch, fake.modules(manager=Copying))
+    adapter = importlib.import_module("trtkit_h2o.trtllm.v12")
+    with pytest.raises(UnsupportedError, match="get_buffers shows a copy"):
+        runtime(adapter, H2O)
+    sys.modules.pop("trtkit_h2o.trtllm.v12")
 
 
 def test_every_module_that_imported_a_dispatch_function_by_value_is_reached(adapter):
@@ -354,3 +369,10 @@ def test_llm_arguments_turn_off_what_the_manager_would_refuse(adapter):
     assert arguments["disable_overlap_scheduler"] is True
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
+
+
+def test_no_prompt_is_pinned_where_the_whole_policy_can_run(adapter):
+    from trtkit_h2o.trtllm import h2o_llm_arguments
+
+    with pytest.raises(UnsupportedError, match="pins no prompt"):
+        h2o_llm_arguments(parse_kv_policy(H2O), pin_prompt=True)

@@ -180,7 +180,14 @@ def test_the_window_policy_keeps_prompt_and_newest(adapter):
 def test_llm_arguments_ask_for_the_second_manager(adapter):
     from trtkit_h2o.trtllm import h2o_llm_arguments
 
-    arguments = h2o_llm_arguments(parse_kv_policy(H2O))
+    arguments = h2o_llm_arguments(parse_kv_policy(H2O), pin_prompt=True)
     assert arguments["kv_cache_compression_config"].kv_policy == parse_kv_policy(H2O).label
     assert arguments["kv_cache_config"] == {"use_kv_cache_manager_v2": True, "enable_block_reuse": False}
     assert arguments["disable_overlap_scheduler"] is True
+
+
+def test_a_pinned_prompt_must_be_asked_for(adapter):
+    from trtkit_h2o.trtllm import h2o_llm_arguments
+
+    with pytest.raises(UnsupportedError, match="evict generated tokens only"):
+        h2o_llm_arguments(parse_kv_policy(H2O))

@@ -7,7 +7,12 @@ from typing import Any
 
 from trtkit.spec.errors import MissingDependencyError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVPolicySpec
-from trtkit_h2o.trtllm.probe import PATHS, V12, Finding, probe_h2o, usable_path
+from trtkit_h2o.trtllm.probe import PATHS, V12, V13, Finding, probe_h2o, usable_path
+
+_CAN = {
+    V12: "carries the policy out in full and pins no prompt",
+    V13: "can evict generated tokens only, with the prompt pinned",
+}
 
 
 def install() -> str:
@@ -30,20 +35,31 @@ def install() -> str:
     return path
 
 
-def h2o_llm_arguments(spec: KVPolicySpec) -> dict[str, Any]:
+def h2o_llm_arguments(spec: KVPolicySpec, *, pin_prompt: bool = False) -> dict[str, Any]:
     """Keyword arguments for `tensorrt_llm.LLM` that carry out `spec`, to be merged over the caller's own.
 
     Nested ones are dictionaries; merge them by key. Pass the configuration object as it is: it survives pickling to
     workers, but not a round trip through YAML or `model_dump`.
 
+    Args:
+        spec: the policy.
+        pin_prompt: the caller accepts that all of a prompt stays and the budget counts generated tokens. That is all
+            1.3 and later can do, and not what the policy says, so it must be asked for.
+
     Raises:
         UsageError: `spec` keeps everything, so there is nothing to turn on.
+        UnsupportedError: this release can only pin prompts, and that was not asked for; or the other way round.
         TrtkitError: what `install` raises.
     """
     if spec.is_full:
         raise UsageError("KV policy 'full' needs no eviction in TensorRT-LLM; leave H2O's arguments out")
     path = install()
     adapter = importlib.import_module(f"trtkit_h2o.trtllm.{path}")
+    if pin_prompt != (path == V13):
+        raise UnsupportedError(
+            f"KV policy {spec.label!r}: this TensorRT-LLM {_CAN[path]}; use 1.2.x or --target embedded for the policy as "
+            "written, or pin_prompt=True from Python where prompts may stay whole"
+        )
     if path == V12:
         return {
             "sparse_attention_config": adapter.H2OSparseAttentionConfig(kv_policy=spec.label),

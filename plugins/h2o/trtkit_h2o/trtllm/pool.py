@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from trtkit.spec.errors import UnsupportedError
 from trtkit_h2o.trtllm.session import Geometry
 
 
@@ -38,8 +39,14 @@ class ManagerPool:
         return cast("Sequence[int]", self._manager.get_batch_cache_indices([request_id])[0])
 
     def geometry(self, max_sequences: int) -> Geometry:
-        """This rank's share of the model."""
+        """This rank's share of the model.
+
+        Raises:
+            UnsupportedError: the pool is shown as a copy, so that compaction would change nothing.
+        """
         first = self.view(0)
+        if first.data_ptr() != self.view(0).data_ptr():
+            raise UnsupportedError("H2O in TensorRT-LLM: get_buffers shows a copy of the KV pool, not the pool")
         return Geometry(
             layers=len(self._layers),
             kv_heads=int(first.shape[2]),
