@@ -59,6 +59,23 @@ def test_rows_write_where_the_last_aim_said_at_an_address_that_never_moves():
     assert ring.read(second, 5, 2)[0, :, 0, 0].tolist() == [2, 3]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_replays_writes_to_where_the_last_aim_said():
+    ring = StepRing(1, 2, 4, torch.device("cuda"))
+    slot = ring.take()
+    step = queries(0).cuda()
+    ring.write_aimed(0, step)  # storage comes with the first write, outside the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ring.write_aimed(0, step)
+    for position in range(6):
+        ring.aim([(slot, position)])
+        step.copy_(queries(position))
+        graph.replay()
+    assert ring.read(slot, 2, 4)[0, :, 0, 0].tolist() == [2, 3, 4, 5]
+
+
 def test_a_long_prompt_leaves_its_last_queries_only():
     ring = ring_of(size=3)
     slot = ring.take()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -213,6 +215,14 @@ def test_every_module_that_imported_a_dispatch_function_by_value_is_reached(adap
         assert found(config) is adapter.H2OTrtllmAttention, module
 
 
+def test_attention_backends_without_an_adapter_are_refused_rather_than_given_rocketkv(adapter):
+    utils = sys.modules[f"{fake.TORCH}.attention_backend.utils"]
+    with pytest.raises(UnsupportedError, match="attn_backend must be TRTLLM"):
+        utils.get_vanilla_sparse_attn_attention_backend(adapter.H2OSparseAttentionConfig(kv_policy=H2O))
+    rocket = fake.RocketSparseAttentionConfig()
+    assert utils.get_vanilla_sparse_attn_attention_backend(rocket) == "RocketVanillaAttention"
+
+
 def test_other_configurations_keep_their_own_classes(adapter):
     util = sys.modules[f"{fake.TORCH}.pyexecutor._util"]
     assert util.get_sparse_attn_kv_cache_manager(fake.RocketSparseAttentionConfig()) is fake.RocketKVCacheManager
@@ -226,7 +236,7 @@ def test_installing_again_changes_nothing(adapter):
     before = [getattr(utils, name) for name in names]
     first = adapter.register()
     assert adapter.register() == first
-    assert len(first) == 8, first
+    assert len(first) == 12, first
     assert [getattr(utils, name) for name in names] == before
 
 
@@ -246,6 +256,24 @@ def test_unpickling_the_configuration_in_a_worker_registers_there(adapter, monke
     assert util.get_sparse_attn_kv_cache_manager is fake.get_sparse_attn_kv_cache_manager
     received = pickle.loads(sent)
     assert util.get_sparse_attn_kv_cache_manager(received).__name__ == "H2OKVCacheManager"
+
+
+def test_a_worker_process_that_has_heard_of_nothing_registers_by_unpickling(adapter, tmp_path):
+    sent = tmp_path / "arguments"
+    config = adapter.H2OSparseAttentionConfig(kv_policy=H2O)
+    sent.write_bytes(pickle.dumps(config))
+    code = (
+        "import pathlib, pickle, sys, pytest\n"
+        "from fakes.trtllm_kv import v12\n"
+        "v12.put_in(pytest.MonkeyPatch(), v12.modules())\n"
+        "assert not any(name.startswith('trtkit_h2o') for name in sys.modules)\n"
+        f"config = pickle.loads(pathlib.Path({str(sent)!r}).read_bytes())\n"
+        "util = sys.modules[f'{v12.TORCH}.pyexecutor._util']\n"
+        "print(util.get_sparse_attn_kv_cache_manager(config).__name__, config.kv_policy)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert run.stdout.split() == ["H2OKVCacheManager", H2O], run.stderr
 
 
 @pytest.mark.parametrize(

@@ -257,11 +257,18 @@ def get_trtllm_sparse_attn_attention_backend(sparse_attn_config):
     raise ValueError(f"Unsupported sparse attention algorithm: {sparse_attn_config.algorithm}")
 
 
+def get_vanilla_sparse_attn_attention_backend(sparse_attn_config):
+    if sparse_attn_config.algorithm == "rocket":
+        return "RocketVanillaAttention"
+    raise ValueError(f"Unsupported sparse attention algorithm: {sparse_attn_config.algorithm}")
+
+
 def modules(manager=KVCacheManager):
     """Module name -> contents. Dispatch functions are imported by value where upstream does so."""
     dispatch = {
         "get_sparse_attn_kv_cache_manager": get_sparse_attn_kv_cache_manager,
         "get_trtllm_sparse_attn_attention_backend": get_trtllm_sparse_attn_attention_backend,
+        "get_vanilla_sparse_attn_attention_backend": get_vanilla_sparse_attn_attention_backend,
     }
     return {
         "tensorrt_llm": {"__version__": "1.2.1"},

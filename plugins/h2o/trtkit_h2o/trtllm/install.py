@@ -64,6 +64,7 @@ def h2o_llm_arguments(spec: KVPolicySpec, *, pin_prompt: bool = False) -> dict[s
         return {
             "sparse_attention_config": adapter.H2OSparseAttentionConfig(kv_policy=spec.label),
             "kv_cache_config": {"enable_block_reuse": False, "host_cache_size": 0},
+            "attn_backend": "TRTLLM",
             "enable_chunked_prefill": False,
             "disable_overlap_scheduler": True,
             "max_beam_width": 1,
@@ -75,6 +76,7 @@ def h2o_llm_arguments(spec: KVPolicySpec, *, pin_prompt: bool = False) -> dict[s
     return {
         "kv_cache_compression_config": adapter.H2OKvCacheCompressionConfig(kv_policy=spec.label),
         "kv_cache_config": {"use_kv_cache_manager_v2": True, "enable_block_reuse": False},
+        "attn_backend": "TRTLLM",
         "enable_chunked_prefill": False,
         "disable_overlap_scheduler": True,
         "max_beam_width": 1,

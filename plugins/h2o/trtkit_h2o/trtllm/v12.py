@@ -29,6 +29,7 @@ from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.pool import ManagerPool
 from trtkit_h2o.trtllm.session import EvictionSession
 
+_OTHER_BACKENDS = ("get_vanilla_sparse_attn_attention_backend", "get_flashinfer_sparse_attn_attention_backend")
 _KV_TYPES = ("HALF", "BF16", "FLOAT")
 _Indices = tuple[Tensor | None, Tensor | None]
 
@@ -203,6 +204,10 @@ def _refuse(kv_cache_config: Any, options: dict[str, Any]) -> None:  # noqa: ANN
             raise UnsupportedError(f"H2O in TensorRT-LLM: {line}")
 
 
+def _refuse_backend(*_: Any, **__: Any) -> type:  # noqa: ANN401
+    raise UnsupportedError("H2O in TensorRT-LLM: attn_backend must be TRTLLM")
+
+
 def register() -> list[str]:
     """Route TensorRT-LLM's dispatch functions here for our configuration; doing it again changes nothing.
 
@@ -214,7 +219,10 @@ def register() -> list[str]:
         return isinstance(config, H2OSparseAttentionConfig)
 
     home = importlib.import_module("tensorrt_llm._torch.attention_backend.sparse.utils")
+    # Without this, our configuration's tag would get RocketKV there.
+    others = [name for name in _OTHER_BACKENDS if hasattr(home, name)]
     return [
+        *(routed for name in others for routed in route(home, name, ours, _refuse_backend)),
         *route(home, "get_sparse_attn_kv_cache_manager", ours, lambda *_, **__: H2OKVCacheManager),
         *route(home, "get_trtllm_sparse_attn_attention_backend", ours, lambda *_, **__: H2OTrtllmAttention),
     ]
