@@ -72,16 +72,18 @@ _KIB = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildJob:
-    """One build in progress. Builders add to `phases_s`, `peaks_bytes` (of other processes) and `verification`."""
+    """One build in progress. Builders add to `phases_s`, `peaks_bytes` (of other processes), `verification` and `versions`."""
 
     plan: BuildPlan
     source_dir: Path
     directory: Path
     fidelity: KVFidelity = KVFidelity.EXACT
+    calib_text: Path | None = None
     progress: Progress = no_progress
     phases_s: dict[str, float] = field(default_factory=dict)
     peaks_bytes: dict[str, int] = field(default_factory=dict)
     verification: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -96,7 +98,7 @@ def engine_path(plan: BuildPlan, out_dir: Path) -> Path:
     return absolute(out_dir / f"{plan.name}{ENGINE_SUFFIX}")
 
 
-def build_engine(
+def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     plan: BuildPlan,
     source: ModelSource | Path,
     out_dir: Path,
@@ -104,11 +106,13 @@ def build_engine(
     progress: Progress = no_progress,
     force: bool = False,
     allow_approximate: bool = False,
+    calib_text: Path | None = None,
 ) -> EngineBundle:
     """Build the plan's engine from a Hugging Face directory into `out_dir`.
 
     What can be refused is refused before weights are downloaded or anything is written. `allow_approximate` accepts a
-    KV policy that the target carries out only roughly; the manifest then says how.
+    KV policy that the target carries out only roughly; the manifest then says how. `calib_text` is what precisions that
+    need calibration are calibrated on.
 
     Raises:
         UnsupportedError: the target cannot do what the plan asks.
@@ -129,7 +133,14 @@ def build_engine(
     source_dir = source if isinstance(source, Path) else source.fetch()
     with working_directory(path) as partial:
         _keep_only_same_build(partial, plan, source_dir)
-        job = BuildJob(plan=plan, source_dir=source_dir, directory=partial, fidelity=fidelity, progress=progress)
+        job = BuildJob(
+            plan=plan,
+            source_dir=source_dir,
+            directory=partial,
+            fidelity=fidelity,
+            calib_text=calib_text,
+            progress=progress,
+        )
         builder(job)
         with job.phase("manifest"):
             files = {str(file.relative_to(partial)): file_entry(file) for file in bundle_files(partial)}
@@ -211,7 +222,7 @@ def _manifest(job: BuildJob, files: Mapping[str, FileEntry]) -> Manifest:
     return Manifest(
         plan=job.plan,
         fidelity=job.fidelity,
-        versions=_versions(job.plan),
+        versions=_versions(job.plan) | job.versions,
         files=files,
         created_utc=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         phases_s={name: round(seconds, 3) for name, seconds in job.phases_s.items()},

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from trtkit.backends.build import BuildJob, copy_tokenizer
 from trtkit.backends.verify import judged, layers_to_run, probe_tokens, reference
 from trtkit.spec.atomic import output_errors, write_text
+from trtkit.spec.bundle import file_entry
 from trtkit.spec.directory import check_space
+from trtkit.spec.errors import UsageError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.quant import QuantSpec
 from trtkit.spec.units import GIB
 from trtkit.trtllm.layout import source_shapes
 from trtkit.trtllm.lower import llm_arguments
-from trtkit.trtllm.unified import SCALE_NAME, is_linear, write_unified
+from trtkit.trtllm.modelopt import CALIBRATED, SCALES, dequantised, read_windows, write_quantised
+from trtkit.trtllm.unified import write_unified
 
 LLM_ARGUMENTS = "llm_args.json"
 _WRITING = "checkpoint.writing"
@@ -32,9 +36,11 @@ def build_pytorch(job: BuildJob) -> None:
     Raises:
         InputError: the source is damaged, or what was written does not compute what the source does.
         OutputError: the disk is full or too small.
-        UnsupportedError: the precision needs calibration.
+        UsageError: the precision needs calibration and no text was given.
     """
     plan, checkpoint = job.plan, job.directory / "checkpoint"
+    if plan.quant.algo in CALIBRATED and job.calib_text is None:
+        raise UsageError(f"{plan.name}: precision {plan.quant.precision} is calibrated on text: give --calib-text FILE")
     if not checkpoint.is_dir():
         with job.phase("convert"):
             writing = job.directory / _WRITING
@@ -44,13 +50,24 @@ def build_pytorch(job: BuildJob) -> None:
                 writing.mkdir()
             # The tokenizer first: its files include the source's config.json, which the checkpoint's own replaces.
             copy_tokenizer(job.source_dir, writing)
-            write_unified(job.source_dir, writing, plan.quant, progress=job.progress)
+            _write_weights(job, writing)
             with output_errors(checkpoint):
                 writing.rename(checkpoint)
     copy_tokenizer(job.source_dir, job.directory / "tokenizer")
     with job.phase("verify"):
         job.verification.update(verify_unified(plan.model, plan.quant, job.source_dir, checkpoint))
     write_text(job.directory / LLM_ARGUMENTS, json.dumps(llm_arguments(plan), indent=2) + "\n")
+
+
+def _write_weights(job: BuildJob, writing: Path) -> None:
+    quant = job.plan.quant
+    if quant.algo not in CALIBRATED:
+        write_unified(job.source_dir, writing, quant, progress=job.progress)
+        return
+    assert job.calib_text is not None
+    job.versions["nvidia-modelopt"] = metadata.version("nvidia-modelopt")
+    job.versions["calibration"] = f"{job.calib_text.name} sha256:{file_entry(job.calib_text).sha256}"
+    write_quantised(job.source_dir, writing, quant, read_windows(job.source_dir, job.calib_text))
 
 
 def verify_unified(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpoint_dir: Path) -> dict[str, float]:
@@ -77,19 +94,19 @@ def _dequantise(model: ModelSpec, checkpoint_dir: Path, output_dir: Path, layers
     tensors = {}
     for file in sorted(checkpoint_dir.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as handle:
-            names = set(handle.keys())
-            for name in names & set(source_shapes(model)):
-                if _layer_of(name) >= layers:
-                    continue
-                tensor = handle.get_tensor(name).float()
-                scale = f"{name.removesuffix('weight')}{SCALE_NAME}"
-                if is_linear(name) and scale in names:
-                    tensor = tensor * handle.get_tensor(scale).float()[:, None]
-                tensors[name] = tensor.to(torch.float32)
+            stored = set(handle.keys())
+            for name in stored & set(source_shapes(model)):
+                if _layer_of(name) < layers:
+                    beside = {s: handle.get_tensor(n) for s in SCALES if (n := _sibling(name, s)) in stored}
+                    tensors[name] = dequantised(handle.get_tensor(name), beside).to(torch.float32).contiguous()
     save_file(tensors, output_dir / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((checkpoint_dir / "config.json").read_text(encoding="utf-8"))
     config |= {"num_hidden_layers": layers, "torch_dtype": "float32", "dtype": "float32"}
     (output_dir / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _sibling(name: str, suffix: str) -> str:
+    return f"{name.removesuffix('weight')}{suffix}"
 
 
 def _layer_of(name: str) -> int:

@@ -57,6 +57,7 @@ class BuildOptions:
     kv_memory: str | None = None
     kv_fraction: float | None = None
     allow_approximate: bool | None = None
+    calib_text: str | None = None
 
     def over(self, base: BuildOptions) -> BuildOptions:
         """These options, with `base`'s value where nothing was said."""

@@ -27,6 +27,7 @@ Output = Annotated[Path, typer.Option("--output", help="Directory that engines g
 Approximate = Annotated[
     bool, typer.Option("--allow-approximate", help="Accept a KV policy that the target only approximates.")
 ]
+Calib = Annotated[str | None, typer.Option(help="Text file that fp8 and int4-awq are calibrated on.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and steps; write nothing.")]
 
 
@@ -45,6 +46,7 @@ def command(
     max_seq_len: MaxSeq = None,
     kv_memory: KvMemory = None,
     allow_approximate: Approximate = False,
+    calib_text: Calib = None,
     output: Output = Path("builds"),
     dry_run: DryRun = False,
     force: ForceFlag = False,
@@ -58,7 +60,7 @@ def command(
     given = BuildOptions(
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
-        allow_approximate=allow_approximate or None,
+        allow_approximate=allow_approximate or None, calib_text=calib_text,
     )  # fmt: skip
     options = given.over(load_recipe(recipe)) if recipe else given
     plan, source = make_plan(options, dry_run=dry_run)
@@ -70,6 +72,9 @@ def command(
         emit(outlined, render(outlined), as_json=as_json)
         return
     with progress_bars(quiet=as_json) as progress:
-        bundle = build_engine(plan, source, output, progress=progress, force=force, allow_approximate=approximate)
+        bundle = build_engine(
+            plan, source, output, progress=progress, force=force, allow_approximate=approximate,
+            calib_text=Path(options.calib_text) if options.calib_text else None,
+        )  # fmt: skip
     payload = {"path": str(bundle.path), "digest": bundle.manifest.digest, "manifest": bundle.manifest}
     emit(payload, summary(bundle), as_json=as_json)

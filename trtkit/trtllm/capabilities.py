@@ -23,9 +23,9 @@ PYTORCH_SINCE = (1, 2)
 BUILDABLE: dict[str, tuple[str | None, ...]] = {
     "embedded": (None, "W8A16"),
     "tensorrt": (None, "W8A16"),
-    "pytorch": (None, "W8A16"),
+    "pytorch": (None, "W8A16", "FP8", "W4A16_AWQ"),
 }
-"""Algorithms whose checkpoints trtkit writes itself, by target."""
+"""Algorithms whose checkpoints trtkit writes, by target; FP8 and INT4-AWQ with ModelOpt."""
 
 _WEIGHT_ONLY = ("W8A16", "W8A16_GPTQ", "W4A16_AWQ")
 _PYTORCH_ALGOS = (None, "W8A16", "FP8", "W4A16_AWQ")

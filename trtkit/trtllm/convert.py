@@ -31,8 +31,8 @@ from trtkit.trtllm.safetensors_file import FileLayout, lay_out
 from trtkit.trtllm.source import SourceCheckpoint, open_source
 from trtkit.trtllm.threads import in_parallel
 
-FORMAT_VERSION = 1
-"""Part of a plan's digest: raise it when the same plan gives other bytes, so that no old piece is kept."""
+FORMAT_VERSION = 2
+"""Part of a plan's digest: raise it when the same plan gives other bytes or pieces, so that no old piece is kept."""
 
 PIECE_BYTES = 1 << 20
 TARGETS = ("embedded", "tensorrt")
@@ -132,18 +132,27 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
 
 
 def _pieces(source: SourceCheckpoint, parallel: Parallelism) -> Iterator[Slab]:
-    """Slabs cut into pieces of at most `PIECE_BYTES` of source, always whole rows."""
-    for slab in slabs(source.model, parallel):
-        entry = source.tensors[slab.source].entry
-        row_bytes = entry.num_bytes // entry.shape[0]
-        step = max(1, PIECE_BYTES // row_bytes)
-        for begin in range(0, slab.rows, step):
-            yield replace(
-                slab,
-                row=slab.row + begin,
-                rows=min(step, slab.rows - begin),
-                targets=tuple(replace(target, row=target.row + begin) for target in slab.targets),
-            )
+    """Everything to do, one source tensor after the other, with the ranks taking turns inside a tensor.
+
+    A file takes one writer at a time, so threads working on the rows of one rank would wait for each other.
+    """
+    for _, parts in itertools.groupby(slabs(source.model, parallel), key=lambda slab: slab.source):
+        for turn in itertools.zip_longest(*(_cut(source, slab) for slab in parts)):
+            yield from (piece for piece in turn if piece is not None)
+
+
+def _cut(source: SourceCheckpoint, slab: Slab) -> Iterator[Slab]:
+    """Pieces of at most `PIECE_BYTES` of source, always whole rows."""
+    entry = source.tensors[slab.source].entry
+    row_bytes = entry.num_bytes // entry.shape[0]
+    step = max(1, PIECE_BYTES // row_bytes)
+    for begin in range(0, slab.rows, step):
+        yield replace(
+            slab,
+            row=slab.row + begin,
+            rows=min(step, slab.rows - begin),
+            targets=tuple(replace(target, row=target.row + begin) for target in slab.targets),
+        )
 
 
 def _layouts(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallelism) -> list[FileLayout]:

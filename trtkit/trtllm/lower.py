@@ -69,28 +69,6 @@ def _switch(on: bool) -> str:
     return "enable" if on else "disable"
 
 
-def gptq_convert_argv(plan: BuildPlan, script: Path, model_dir: Path, output_dir: Path) -> list[str]:
-    """TensorRT-LLM's own `convert_checkpoint.py` (Llama) for an existing GPTQ checkpoint with INT8 weights.
-
-    The model directory holds both the config and the GPTQ tensors; ours does not unpack them.
-    """
-    options: dict[str, object] = {
-        "model_dir": model_dir,
-        "quant_ckpt_path": model_dir,
-        "output_dir": output_dir,
-        "dtype": plan.quant.compute.trtllm_name,
-        "tp_size": plan.parallel.tp,
-        "pp_size": plan.parallel.pp,
-        "weight_only_precision": "int8_gptq",
-        "group_size": plan.quant.group_size,
-        "workers": 1,
-    }
-    argv = ["python3", str(script)]
-    for name, value in options.items():
-        argv += [f"--{name}", str(value)]
-    return [*argv, "--use_weight_only", "--per_group", "--use_parallel_embedding"]
-
-
 def kv_cache_arguments(plan: BuildPlan, *, reuse: bool = False) -> dict[str, Any]:
     """`KvCacheConfig`. Reuse is off unless asked for: a benchmark that repeats a prompt must not find it cached.
 

@@ -1,8 +1,8 @@
 """A unified Hugging Face checkpoint for TensorRT-LLM's PyTorch backend: the source's names, in the plan's types.
 
 INT8 weight-only becomes int8 `weight` [out, in] with a `weight_scale` [out] beside it and `hf_quant_config.json`, which
-is what the backend's weight-only linear layer loads; its exact JSON could not be checked against a release. Streams in
-pieces like `convert`, so memory does not depend on the model.
+is what the backend's weight-only linear layer loads. Names, values and JSON are those of ModelOpt's own INT8 weight-only
+export (a test holds them equal), which needs the whole model in memory; this streams in pieces like `convert`.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ def write_unified(
     """
     if quant.algo not in (None, "W8A16"):
         raise UnsupportedError(
-            f"precision {quant.precision!r} needs calibration, which trtkit does not do for the PyTorch backend; give a "
-            "checkpoint that ModelOpt has quantised to TensorRT-LLM itself, or use --precision int8, fp16 or bf16"
+            f"precision {quant.precision!r} needs calibration; this writes fp16, bf16 and int8 (weight-only)"
         )
     source = open_source(source_dir)
     shards = _shards(source, quant)
@@ -70,7 +69,7 @@ def write_unified(
         _write(output_dir / INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
     if quant.algo is not None:
         _write(output_dir / QUANT_CONFIG_NAME, quant_config(quant))
-    _write(output_dir / "config.json", _model_config(source_dir, quant))
+    _write(output_dir / "config.json", model_config(source_dir, quant))
     return names
 
 
@@ -81,7 +80,7 @@ def quant_config(quant: QuantSpec) -> dict[str, Any]:
         "quantization": {
             "quant_algo": quant.algo,
             "kv_cache_quant_algo": "FP8" if quant.kv is DType.FP8 else None,
-            "exclude_modules": ["lm_head"],
+            "exclude_modules": ["lm_head", "model.embed_tokens"],
         },
     }
 
@@ -144,7 +143,7 @@ def _pieces(source: SourceCheckpoint, name: str, rank: int) -> Iterator[Slab]:
         yield Slab(source=name, row=row, rows=min(step, rows - row), cols=cols, targets=(target,))
 
 
-def _model_config(source_dir: Path, quant: QuantSpec) -> dict[str, Any]:
+def model_config(source_dir: Path, quant: QuantSpec) -> dict[str, Any]:
     """The source's config with the compute type in it, under both of its names."""
     path = source_dir / "config.json"
     try:

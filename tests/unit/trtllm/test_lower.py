@@ -15,7 +15,6 @@ from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.trtllm.lower import (
     build_argv,
-    gptq_convert_argv,
     kv_bytes_per_token,
     kv_cache_arguments,
     llm_arguments,
@@ -141,32 +140,3 @@ def test_ignoring_the_end_keeps_other_stop_tokens() -> None:
     arguments = sampling_arguments(request(stop_ids=(7,), ignore_eos=True), 5, (2, 3))
     assert (arguments["stop_token_ids"], arguments["ignore_eos"]) == ([7], True)
     assert sampling_arguments(request(ignore_eos=True), 5, (2, 3))["stop_token_ids"] is None
-
-
-def test_gptq_is_converted_by_tensorrt_llms_own_script_with_groups() -> None:
-    found = gptq_convert_argv(plan(quant=quant_for("int8-gptq")), Path("convert_checkpoint.py"), Path("m"), Path("o"))
-    assert found == [
-        "python3",
-        "convert_checkpoint.py",
-        "--model_dir",
-        "m",
-        "--quant_ckpt_path",
-        "m",
-        "--output_dir",
-        "o",
-        "--dtype",
-        "float16",
-        "--tp_size",
-        "1",
-        "--pp_size",
-        "1",
-        "--weight_only_precision",
-        "int8_gptq",
-        "--group_size",
-        "128",
-        "--workers",
-        "1",
-        "--use_weight_only",
-        "--per_group",
-        "--use_parallel_embedding",
-    ]
