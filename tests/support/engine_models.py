@@ -32,7 +32,12 @@ def make_hf(kind: str = "Llama", *, seed: int = 0, **overrides: Any) -> Any:
     """A random transformers model in float32, its norms and biases random too so that none can be skipped."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(**{**BASE, **overrides})
+    options = {**BASE, **overrides}
+    if int(transformers.__version__.split(".")[0]) < 5 and "rope_parameters" in options:
+        scaling = dict(options.pop("rope_parameters"))
+        options["rope_theta"] = scaling.pop("rope_theta")
+        options["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    config = getattr(transformers, f"{kind}Config")(**options)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
     with torch.no_grad():
