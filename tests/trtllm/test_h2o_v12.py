@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fakes.trtllm_kv import v12 as fake
-from fakes.trtllm_kv.executor import Executor, LlmRequest, build_v12
+from fakes.trtllm_kv.executor import Executor, LlmRequest, Ranks, build_v12
 from support.dense_oracle import (
     DenseOracle,
     greedy_with_eviction,
@@ -174,6 +174,15 @@ def test_a_rank_with_half_the_heads_keeps_as_many_tokens(adapter):
     halves = [kept(slice(0, 2), slice(0, 1)), kept(slice(2, 4), slice(1, 2))]
     assert torch.equal(whole, torch.cat(halves))
     assert not torch.equal(halves[0], halves[1]), "heads that agree show nothing"
+
+
+def test_two_ranks_agree_on_tokens_and_lengths_without_telling_each_other_what_they_keep(adapter):
+    jobs = [(prompt_of(45), 30), (prompt_of(20, seed=1), 25)]
+    ranks = Ranks(2)
+    engines = [runtime(adapter, H2O, rank=rank, ranks=ranks) for rank in range(2)]
+    outputs = ranks.run(engines, lambda: jobs_to_requests(jobs))
+    assert outputs == [embedded(H2O, *jobs)] * 2
+    assert engines[0].held == engines[1].held
 
 
 def test_the_pool_is_read_with_heads_outside_tokens_whatever_its_label(monkeypatch):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import enum
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +20,7 @@ from fakes.trtllm_kv import v12
 from trtkit.engine.llama import logits, rms_norm
 from trtkit.engine.rope import RopeTable, rotate_
 from trtkit.engine.weights import weights_from_tensors
+from trtkit.spec.checkpoint import layer_prefix
 from trtkit.spec.dtype import DType
 
 
@@ -73,16 +76,49 @@ class ScheduledRequests:
         return self.context_requests
 
 
-class Model:
-    """Decoder layers around the backend's attention; takes logical positions."""
+class Ranks:
+    """Tensor parallelism with threads: `add` gives every rank the sum of what all ranks brought."""
 
-    def __init__(self, spec, tensors, attention_class, max_positions, sparse_attention_config=None):
+    def __init__(self, size):
+        self.size = size
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._parts = [None] * size
+
+    def add(self, rank, part):
+        self._parts[rank] = part
+        self._barrier.wait()
+        total = sum(self._parts)
+        self._barrier.wait()
+        return total
+
+    def run(self, executors, requests_of_a_rank):
+        """Every executor in a thread of its own, over requests of its own."""
+        with ThreadPoolExecutor(self.size) as pool:
+            started = [pool.submit(executor.run, *requests_of_a_rank()) for executor in executors]
+            return [run.result() for run in started]
+
+
+class Model:
+    """Decoder layers around the backend's attention; takes logical positions. A rank has its share of the heads."""
+
+    def __init__(  # noqa: PLR0917 - the runtime's parts meet here
+        self, spec, tensors, attention_class, max_positions, sparse_attention_config=None, rank=0, ranks=None
+    ):
+        self.rank, self.ranks = rank, ranks or Ranks(1)
         self.spec = spec
         self.weights = weights_from_tensors(spec, tensors, dtype=DType.FP32)
+        names = [f"{layer_prefix(layer)}attention.dense.weight" for layer in range(spec.num_layers)]
+        self.dense = [tensors[name].chunk(self.ranks.size, 1)[rank] for name in names]
         self.rope = RopeTable(spec.rope, spec.head_dim, max_positions, torch.float32, "cpu")
         options = {} if sparse_attention_config is None else {"sparse_attention_config": sparse_attention_config}
         self.attention = [
-            attention_class(layer, spec.num_heads, spec.head_dim, spec.num_kv_heads, **options)
+            attention_class(
+                layer,
+                spec.num_heads // self.ranks.size,
+                spec.head_dim,
+                spec.num_kv_heads // self.ranks.size,
+                **options,
+            )
             for layer in range(spec.num_layers)
         ]
 
@@ -90,16 +126,24 @@ class Model:
         spec, weights = self.spec, self.weights
         x = weights.embedding[token_ids]
         cos_sin = self.rope.at(position_ids)
-        for layer, attention in zip(weights.layers, self.attention, strict=True):
+        for layer, dense, attention in zip(weights.layers, self.dense, self.attention, strict=True):
             h = rms_norm(x, layer.input_norm, spec.norm_epsilon)
             qkv = layer.qkv(h)
             heads = qkv.view(-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
             rotate_(heads[:, : -spec.num_kv_heads], *cos_sin)
-            x = x + layer.dense(attention.forward(qkv, None, None, metadata))
+            out = attention.forward(self._own(heads), None, None, metadata)
+            x = x + self.ranks.add(self.rank, F.linear(out, dense))
             gate, up = layer.gate_up(rms_norm(x, layer.post_norm, spec.norm_epsilon)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
+        # One position per sequence goes on to the vocabulary.
         last = metadata.seq_lens.cumsum(0) - 1
         return logits(weights, x[last])
+
+    def _own(self, heads):
+        """This rank's queries, keys and values of the fused projection [T, heads, D], fused again."""
+        sizes = (self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads)
+        parts = [part.chunk(self.ranks.size, 1)[self.rank] for part in heads.split(sizes, 1)]
+        return torch.cat(parts, 1).flatten(1)
 
 
 class Executor:
@@ -204,7 +248,9 @@ class Mapping:
     pp_size: int = 1
 
 
-def build_v12(spec, tensors, config, *, max_seq_len=256, tokens_per_block=4, blocks=256, max_batch_size=4):
+def build_v12(
+    spec, tensors, config, *, max_seq_len=256, tokens_per_block=4, blocks=256, max_batch_size=4, rank=0, ranks=None
+):
     """The way 1.2 puts it together: classes come from the dispatch functions each module holds."""
     util = sys.modules[f"{v12.TORCH}.pyexecutor._util"]
     backends = sys.modules[f"{v12.TORCH}.attention_backend.utils"]
@@ -218,7 +264,7 @@ def build_v12(spec, tensors, config, *, max_seq_len=256, tokens_per_block=4, blo
         v12.KvCacheConfig(enable_block_reuse=False),
         "SELF",
         num_layers=spec.num_layers,
-        num_kv_heads=spec.num_kv_heads,
+        num_kv_heads=spec.num_kv_heads // (ranks.size if ranks else 1),
         head_dim=spec.head_dim,
         tokens_per_block=tokens_per_block,
         max_seq_len=max_seq_len,
@@ -228,5 +274,5 @@ def build_v12(spec, tensors, config, *, max_seq_len=256, tokens_per_block=4, blo
         blocks=blocks,
         **extra,
     )
-    model = Model(spec, tensors, attention, max_seq_len, config)
+    model = Model(spec, tensors, attention, max_seq_len, config, rank, ranks)
     return Executor(model, manager, attention.Metadata, max_batch_size=max_batch_size)
