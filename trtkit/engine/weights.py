@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trtkit.engine.int8 import int8_linear
-from trtkit.engine.matmul import linear
+from trtkit.engine.matmul import linear, pack
 from trtkit.engine.paged_cache import torch_dtype
 from trtkit.engine.ranks import RankReader
 from trtkit.spec.checkpoint import FINAL_NORM, LM_HEAD, VOCAB_EMBEDDING, layer_prefix
@@ -30,7 +30,7 @@ _RUNNABLE = (None, "W8A16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """`x @ weight.T (* scale) (+ bias)`; `weight` [out, in] is int8 exactly when there is a `scale` [out]."""
+    """`x @ weight.T (* scale) (+ bias)`; `weight` [out, in], from `pack`, is int8 exactly when there is a `scale` [out]."""
 
     weight: Tensor
     scale: Tensor | None = None
@@ -64,7 +64,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelWeights:
-    """A whole model; `lm_head` shares memory with `embedding` where they are tied."""
+    """A whole model; `lm_head` is `embedding` where they are tied, else from `pack`."""
 
     model: ModelSpec
     embedding: Tensor
@@ -81,7 +81,7 @@ class ModelWeights:
     def num_bytes(self) -> int:
         """Bytes in memory; shared storage counts once."""
         tensors = [self.embedding, self.final_norm]
-        if self.lm_head.data_ptr() != self.embedding.data_ptr():
+        if self.lm_head is not self.embedding:
             tensors.append(self.lm_head)
         for layer in self.layers:
             tensors += [layer.input_norm, layer.post_norm]
@@ -128,7 +128,7 @@ def assemble(model: ModelSpec, source: TensorSource, *, dtype: DType, device: st
         embedding=embedding,
         layers=tuple(builder.layer(index) for index in range(model.num_layers)),
         final_norm=builder.plain(FINAL_NORM, (model.hidden_size,)),
-        lm_head=embedding if tied else builder.plain(LM_HEAD, (model.vocab_size, model.hidden_size)),
+        lm_head=embedding if tied else pack(builder.plain(LM_HEAD, (model.vocab_size, model.hidden_size))),
     )
 
 
@@ -168,7 +168,7 @@ class _Builder:
         if any((part.dtype is torch.int8) != quantised for part in parts):
             raise InputError(f"{' and '.join(names)}: one is INT8 and the other is not")
         return Linear(
-            weight=torch.cat([part.to(device=self.device, dtype=weight_type) for part in parts]),
+            weight=pack(torch.cat([part.to(device=self.device, dtype=weight_type) for part in parts])),
             scale=self._rows([f"{name}.per_channel_scale" for name in names], rows) if quantised else None,
             bias=self._rows([f"{name}.bias" for name in names], rows) if bias else None,
         )

@@ -10,6 +10,7 @@ import torch
 from support.checkpoints import write_checkpoint
 from support.engine_models import make_hf, quantised, spec_of, trtllm_tensors
 
+from trtkit.engine.matmul import onednn_works, plain
 from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UnsupportedError
@@ -27,7 +28,8 @@ def _tensors_of(weights: ModelWeights) -> list[torch.Tensor]:
 
 
 def _same(a: ModelWeights, b: ModelWeights) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(_tensors_of(a), _tensors_of(b), strict=True))
+    pairs = zip(_tensors_of(a), _tensors_of(b), strict=True)
+    return all(x.dtype == y.dtype and torch.equal(plain(x), plain(y)) for x, y in pairs)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +59,15 @@ def test_int8_stays_int8_in_memory(tmp_path: Path, tp: int) -> None:
     assert layer.gate_up.scale is not None
     assert layer.gate_up.scale.shape == (2 * model.intermediate_size,)
     assert _same(merged, weights_from_tensors(model, tensors, dtype=DType.FP32))
-    plain = weights_from_tensors(model, trtllm_tensors(hf), dtype=DType.FP32)
-    assert merged.num_bytes < 0.7 * plain.num_bytes
+    wide = weights_from_tensors(model, trtllm_tensors(hf), dtype=DType.FP32)
+    assert merged.num_bytes < 0.7 * wide.num_bytes
 
 
 def test_fc_is_the_gated_half() -> None:
     hf = make_hf()
     tensors = trtllm_tensors(hf)
     weights = weights_from_tensors(spec_of(hf), tensors, dtype=DType.FP32)
-    gate, up = weights.layers[0].gate_up.weight.chunk(2)
+    gate, up = plain(weights.layers[0].gate_up.weight).chunk(2)
     assert torch.equal(gate, tensors["transformer.layers.0.mlp.fc.weight"])
     assert torch.equal(up, tensors["transformer.layers.0.mlp.gate.weight"])
 
@@ -73,7 +75,14 @@ def test_fc_is_the_gated_half() -> None:
 def test_tied_embeddings_share_memory_and_count_once() -> None:
     hf = make_hf(tie_word_embeddings=True)
     weights = weights_from_tensors(spec_of(hf), trtllm_tensors(hf), dtype=DType.FP32)
-    assert weights.lm_head.data_ptr() == weights.embedding.data_ptr()
+    assert weights.lm_head is weights.embedding
+    assert weights.num_bytes == spec_of(hf).num_params * 4
+
+
+def test_an_untied_head_and_packed_matrices_count_their_parameters_once() -> None:
+    hf = make_hf(tie_word_embeddings=False)
+    weights = weights_from_tensors(spec_of(hf), trtllm_tensors(hf), dtype=DType.FP32)
+    assert weights.lm_head.is_mkldnn == weights.layers[0].down.weight.is_mkldnn == onednn_works()
     assert weights.num_bytes == spec_of(hf).num_params * 4
 
 
