@@ -23,7 +23,14 @@ from trtkit.engine.open import open_checkpoint
 from trtkit.report.records import load_records
 from trtkit.spec.bundle import EngineBundle, open_bundle
 from trtkit.spec.engine import Engine, Request, ScoreRequest
-from trtkit.spec.errors import CapacityError, EngineError, MissingDependencyError, TrtkitError, UnsupportedError
+from trtkit.spec.errors import (
+    CapacityError,
+    EngineError,
+    MissingDependencyError,
+    OutputError,
+    TrtkitError,
+    UnsupportedError,
+)
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import Limits
 
@@ -232,6 +239,25 @@ def test_a_window_that_stands_in_for_h2o_is_recorded_as_one(quick: pytest.Monkey
     assert open_bundle(bundle.path).manifest.fidelity is KVFidelity.WINDOW_ONLY
     arguments = json.loads((bundle.path / "llm_args.json").read_text())
     assert arguments["kv_cache_config"]["max_attention_window"] == [32]
+
+
+def test_h2o_is_refused_where_the_release_has_no_room_for_it(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bundle = build(tmp_path, target="pytorch", precision="fp16", kv="h2o:32")
+    assert bundle.manifest.fidelity is KVFidelity.EXACT
+    with pytest.raises(UnsupportedError, match="no room for H2O"):
+        open_engine(bundle.path)
+    with pytest.raises(UnsupportedError, match="no adapter"):
+        build(tmp_path, target="pytorch", precision="fp16", kv="random:32")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_conversion(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_model(tmp_path / "m")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    quick.setattr("trtkit.spec.directory.shutil.disk_usage", lambda _: usage)
+    for target in ("tensorrt", "pytorch"):
+        with pytest.raises(OutputError, match=r"needs .* GiB, the disk has 0\.00 GiB free"):
+            build(tmp_path, target=target)
+    assert not list((tmp_path / "builds").rglob("*.safetensors"))
 
 
 def test_a_launcher_with_as_many_ranks_as_the_engine_runs_it(quick: pytest.MonkeyPatch, tmp_path: Path) -> None:

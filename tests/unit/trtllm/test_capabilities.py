@@ -70,3 +70,18 @@ def test_engines_refuse_eviction_unless_a_window_may_stand_in_and_then_say_so() 
     with pytest.raises(UnsupportedError, match="--allow-approximate"):
         kv_fidelity(evicting, allow_approximate=False)
     assert kv_fidelity(evicting, allow_approximate=True) is KVFidelity.WINDOW_ONLY
+
+
+def test_the_pytorch_backend_of_1_2_carries_a_policy_out_and_the_next_one_only_half() -> None:
+    evicting = plan(target="pytorch", kv=parse_kv_policy("h2o:50%"), target_version="1.2.1")
+    assert kv_fidelity(evicting, allow_approximate=False) is KVFidelity.EXACT
+    with pytest.raises(UnsupportedError, match="the prompt is pinned"):
+        kv_fidelity(dataclasses.replace(evicting, target_version="1.3.0"), allow_approximate=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"), [("tensorrt", "fp8"), ("tensorrt", "int8-gptq"), ("tensorrt", "int8-sq")]
+)
+def test_what_trtkit_itself_cannot_write_is_refused_before_the_download(target: str, precision: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"writes no {precision} checkpoint"):
+        check_plan(plan(precision, target=target))
