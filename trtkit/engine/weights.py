@@ -30,7 +30,10 @@ _RUNNABLE = (None, "W8A16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """`x @ weight.T (* scale) (+ bias)`; `weight` [out, in], from `pack`, is int8 exactly when there is a `scale` [out]."""
+    """`x @ weight.T (* scale) (+ bias)`.
+
+    `weight` [out, in] is int8 exactly when there is a `scale` [out]; else it comes from `pack`.
+    """
 
     weight: Tensor
     scale: Tensor | None = None
