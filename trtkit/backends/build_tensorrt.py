@@ -15,6 +15,7 @@ from trtkit.spec.directory import check_space
 from trtkit.spec.errors import UnsupportedError
 from trtkit.trtllm.convert import convert, stored_quant
 from trtkit.trtllm.engine_build import ENGINE_DIR, run_trtllm_build, timing_cache
+from trtkit.trtllm.installed import installation
 from trtkit.trtllm.lower import llm_arguments
 
 LLM_ARGUMENTS = "llm_args.json"
@@ -58,8 +59,8 @@ def build_tensorrt(job: BuildJob) -> None:
 
 
 def _compile(job: BuildJob) -> None:
-    assert job.plan.target_version is not None
-    cache = timing_cache(job.directory, job.plan, job.plan.target_version)
+    version = job.plan.target_version or installation().version or "unknown"
+    cache = timing_cache(job.directory, job.plan, version)
     peak = run_trtllm_build(job.plan, job.directory, cache, progress=job.progress)
     if peak is not None:
         job.peaks_bytes["trtllm-build"] = peak

@@ -113,7 +113,7 @@ def llm_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, Any]:
         "gather_generation_logits": scoring,
     }
     if plan.target == "tensorrt":
-        arguments["extended_runtime_perf_knob_config"] = {"multi_block_mode": True, "cuda_graph_mode": True}
+        arguments["extended_runtime_perf_knob_config"] = {"multi_block_mode": True, "cuda_graph_mode": False}
     else:
         arguments |= {
             "dtype": plan.quant.compute.trtllm_name,
