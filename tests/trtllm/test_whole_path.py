@@ -1,4 +1,4 @@
-"""Build, bench, eval and report through the strict fake, by the command line, TP=2 included; and what goes wrong."""
+"""Building and running TensorRT-LLM bundles through the strict fake, TP=2 included; and what goes wrong."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from trtkit.backends import verify as verify_module
 from trtkit.backends.build import build_engine
 from trtkit.backends.recipe import BuildOptions, make_plan
 from trtkit.engine.open import open_checkpoint
-from trtkit.report.records import load_records
 from trtkit.spec.bundle import EngineBundle, open_bundle
 from trtkit.spec.engine import Engine, Request, ScoreRequest
 from trtkit.spec.errors import (
@@ -35,7 +34,6 @@ from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import Limits
 
 ROOT = Path(__file__).parents[2]
-TINY = ROOT / "bench" / "tiny_model" / "model"
 LIMITS: dict[str, object] = {
     "max_batch_size": 4, "max_num_tokens": 64, "max_seq_len": 64, "tokens_per_block": 8, "kv_memory": "1MiB",
 }  # fmt: skip
@@ -85,33 +83,6 @@ def reference_tokens(folder: Path, bundle: EngineBundle) -> dict[str, list[int |
     limits = Limits(max_batch_size=4, max_num_tokens=64, max_seq_len=64, tokens_per_block=8)
     with open_checkpoint(folder / "reference", limits=limits) as engine:
         return tokens(engine)
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trtkit", *(str(a) for a in arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-
-
-@pytest.mark.parametrize("target", ["tensorrt", "pytorch"])
-def test_build_bench_eval_and_report_at_tp_2(fake: pytest.MonkeyPatch, tmp_path: Path, target: str) -> None:
-    builds, results = tmp_path / "builds", tmp_path / "results"
-    built = run(
-        "build", "--model", TINY, "--gpu", "h100", "--tp", 2, "--precision", "int8", "--target", target,
-        "--max-batch-size", 8, "--max-num-tokens", 1024, "--max-seq-len", 1024, "--kv-memory", "8MiB",
-        "--output", builds,
-    )  # fmt: skip
-    assert built.returncode == 0, built.stderr
-    (engine,) = builds.glob("*.engine")
-    assert engine.name == "model-int8-h100-sxm-tp2.engine"
-    bench = run("bench", engine, "--concurrency", "2", "--isl", 16, "--osl", 4, "--num-requests", 6, "-o", results)
-    assert bench.returncode == 0, bench.stderr
-    scored = run("eval", engine, "--text", "shipped", "--limit", 1, "-o", results)
-    assert scored.returncode == 0, scored.stderr
-    report = run("report", results, "-o", tmp_path / "report.md")
-    assert report.returncode == 0, report.stderr
-    records = load_records([results])
-    assert (len(records.bench), len(records.quality) >= 1, records.problems) == (1, True, ())
-    assert "tok/s" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_an_engine_generates_and_scores_what_the_embedded_engine_does(
