@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,12 @@ FLUSH_BYTES = 256 << 20
 class RankFile:
     """An output file being filled; any number of threads may write."""
 
-    def __init__(self, path: Path, layout: FileLayout, descriptor: int) -> None:
-        """Write to `descriptor`, which is `path` at its full size."""
+    def __init__(self, path: Path, layout: FileLayout, descriptor: int, flusher: ThreadPoolExecutor) -> None:
+        """Write to `descriptor`, which is `path` at its full size; `flusher` waits for the disk meanwhile."""
         self.layout = layout
         self._path, self._descriptor = path, descriptor
+        self._flusher = flusher
+        self._flushing: Future[None] | None = None
         self._unflushed = 0
         self._mutex = threading.Lock()
 
@@ -50,15 +53,29 @@ class RankFile:
         data = np.ascontiguousarray(values)
         assert data.nbytes == row_bytes * values.shape[0]
         assert data.dtype == storage_dtype(self.dtype(name))
+        # One writer a file: the kernel lets no more in, and its waiters spin.
+        with output_errors(self._path), self._mutex:
+            self._write(data.reshape(-1).view(np.uint8).data, entry.offset + row * row_bytes)
+            self._unflushed += data.nbytes
+            if self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+                self._settle()
+                self._unflushed = 0
+                self._flushing = self._flusher.submit(os.fsync, self._descriptor)
+
+    def finish(self) -> None:
+        """Wait for a flush under way.
+
+        Raises:
+            OutputError: the disk was full or refused.
+        """
         with output_errors(self._path):
-            # One writer a file: the kernel lets no more in, and its waiters spin.
-            with self._mutex:
-                self._write(data.reshape(-1).view(np.uint8).data, entry.offset + row * row_bytes)
-                self._unflushed += data.nbytes
-                flush = self._unflushed >= FLUSH_BYTES
-                self._unflushed = 0 if flush else self._unflushed
-            if flush:
-                os.fsync(self._descriptor)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Raise what the last flush met: the kernel tells of a failed write only once."""
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
 
     def _write(self, view: memoryview, position: int) -> None:
         while view:
@@ -102,11 +119,15 @@ class PieceWorker:
                 except OSError as error:
                     raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
             ranks = []
+            flusher = ThreadPoolExecutor(max_workers=1)
             for path, layout in zip(paths, layouts, strict=True):
                 with output_errors(path):
                     handle = stack.enter_context(path.open("rb+", buffering=0))
-                ranks.append(RankFile(path, layout, handle.fileno()))
+                ranks.append(RankFile(path, layout, handle.fileno(), flusher))
+            stack.enter_context(flusher)
             yield cls(source, ranks, descriptors, scale_suffix)
+            for rank in ranks:
+                rank.finish()
 
     def move(self, piece: Slab) -> None:
         """Read, cast or quantise, check and write one piece.
