@@ -65,6 +65,10 @@ class BuildOptions:
         return dataclasses.replace(base, **said)
 
 
+DEFAULT_MODEL = "meta-llama/Meta-Llama-3-70B-Instruct"
+"""What is built for a GPU when no model is named."""
+
+
 def load_recipe(name: str) -> BuildOptions:
     """Read a recipe by path, or by name from `builds/recipes/` and from the recipes shipped with trtkit.
 
@@ -118,20 +122,21 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
         MissingDependencyError: the target is not installed.
         InputError: the model's directory or config cannot be read.
     """
-    if options.model is None:
-        raise UsageError("nothing to build: name a recipe or give --model DIRECTORY, PRESET or HUB_ID")
     gpu = gpu_spec(options.gpu or CPU).name
+    model = options.model or (DEFAULT_MODEL if gpu != CPU else None)
+    if model is None:
+        raise UsageError("nothing to build: name a recipe or give --model DIRECTORY, PRESET or HUB_ID")
     kv = parse_kv_policy(options.kv or "full")
     target, _ = resolve_target(options)
     if not dry_run:
         builder_of(target)
-    source = resolve_model(options.model, name=options.model_name, look_up=not dry_run)
+    source = resolve_model(model, name=options.model_name, look_up=not dry_run)
     quant = _quant(options)
     parallel = Parallelism(tp=_or(options.tp, 1))
     plan = BuildPlan(
         name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv)),
         model=source.model,
-        model_source=options.model,
+        model_source=model,
         gpu=gpu,
         quant=quant,
         kv=kv,

@@ -11,7 +11,10 @@ from trtkit.cli.common import ForceFlag, JsonFlag, emit, note, progress_bars
 
 _Limit = int | None
 Recipe = Annotated[str | None, typer.Argument(help="Recipe: a TOML file, or a name from builds/recipes/.")]
-Model = Annotated[str | None, typer.Option(help="Model directory, catalog preset or hub id.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Model directory, catalog preset or hub id; for a GPU the default is Llama 3 70B Instruct."),
+]
 Name = Annotated[str | None, typer.Option(help="Engine name (default: the recipe's, or made from the options).")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 (default), bf16 or int8.")]
 Compute = Annotated[str | None, typer.Option("--dtype", help="Compute type beside int8 weights (default fp16).")]

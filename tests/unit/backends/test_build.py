@@ -14,7 +14,7 @@ from trtkit.backends import verify as verify_module
 from trtkit.backends.build import build_engine
 from trtkit.backends.fit import check_fit, sizes
 from trtkit.backends.outline import outline, render
-from trtkit.backends.recipe import BuildOptions, engine_name, load_recipe, make_plan, parse_bytes
+from trtkit.backends.recipe import DEFAULT_MODEL, BuildOptions, engine_name, load_recipe, make_plan, parse_bytes
 from trtkit.spec.bundle import open_bundle
 from trtkit.spec.catalog import model_preset
 from trtkit.spec.errors import CapacityError, InputError, MissingDependencyError, OutputError, UsageError
@@ -211,3 +211,11 @@ def test_an_existing_engine_is_kept_without_force(tmp_path: Path, monkeypatch: p
         build_engine(plan, tmp_path / "m", tmp_path)
     again = build_engine(plan, tmp_path / "m", tmp_path, force=True)
     assert again.manifest.files == first.manifest.files
+
+
+def test_a_gpu_without_a_model_builds_llama_3_70b() -> None:
+    plan, _ = make_plan(BuildOptions(precision="int8", gpu="h100"), dry_run=True)
+    assert (plan.model.num_params, plan.model_source) == (70_553_706_496, DEFAULT_MODEL)
+    assert plan.name == "llama-3-70b-int8-h100-sxm"
+    with pytest.raises(UsageError, match="nothing to build"):
+        make_plan(BuildOptions(precision="int8"), dry_run=True)
