@@ -137,7 +137,7 @@ def _bf16_as_fp16(values: Array) -> Array | None:
     In FP16's normal range the cast is exact: with BF16's exponent bits e7..e0, FP16's five are e7 and e3..e0 (e6, e5
     and e4 equal not-e7 there), and the mantissa gets three zeros behind it. Zeros and numbers below the normal range,
     of which ordinary weights have a few per mille, are looked up afterwards, with their neighbours. Steps cover the
-    whole array: short ones make threads queue for the interpreter.
+    whole array: short ones were slower with several threads.
     """
     if values.size % _GROUP:
         return None
