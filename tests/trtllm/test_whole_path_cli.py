@@ -44,8 +44,11 @@ def test_build_bench_eval_and_report_at_tp_2(fake: pytest.MonkeyPatch, tmp_path:
     assert bench.returncode == 0, bench.stderr
     scored = run("eval", engine, "--text", "shipped", "--limit", 1, "-o", results)
     assert scored.returncode == 0, scored.stderr
+    asked = run("eval", engine, "--tasks", "mini_mmlu", "--tasks-dir", "shipped", "--limit", 2, "-o", results)
+    assert asked.returncode == 0, asked.stderr
     report = run("report", results, "-o", tmp_path / "report.md")
     assert report.returncode == 0, report.stderr
     records = load_records([results])
     assert (len(records.bench), len(records.quality) >= 1, records.problems) == (1, True, ())
+    assert "mini_mmlu" in {r.task for r in records.quality}
     assert "tok/s" in (tmp_path / "report.md").read_text(encoding="utf-8")
