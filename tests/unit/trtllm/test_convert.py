@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -368,3 +370,22 @@ def test_a_full_disk_is_one_line_before_the_work(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(free=1000))
     write_model(tmp_path / "m")
     refuse(tmp_path / "m", OutputError, "GiB free")
+
+
+def test_a_disk_that_fills_midway_is_one_line_though_the_kernel_tells_it_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread() and not told:
+            told.append(descriptor)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    monkeypatch.setattr("trtkit.trtllm.piece.FLUSH_BYTES", 1)
+    write_model(tmp_path / "m")
+    refuse(tmp_path / "m", OutputError, "the disk is full")
+    assert told
