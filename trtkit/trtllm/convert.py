@@ -26,7 +26,7 @@ from trtkit.spec.progress import Progress, no_progress
 from trtkit.spec.quant import QuantSpec
 from trtkit.trtllm.journal import Journal
 from trtkit.trtllm.layout import Slab, slabs
-from trtkit.trtllm.piece import PieceWorker
+from trtkit.trtllm.piece import LostWriteError, PieceWorker
 from trtkit.trtllm.safetensors_file import FileLayout, lay_out
 from trtkit.trtllm.source import SourceCheckpoint, open_source
 from trtkit.trtllm.threads import in_parallel
@@ -210,11 +210,16 @@ def _run(
     count = itertools.count(len(journal.finished))
     paths = [partial / rank_file(rank) for rank in range(len(layouts))]
     progress("convert", next(count), len(pieces))
-    with PieceWorker.opened(source, paths, layouts) as worker:
+    try:
+        with PieceWorker.opened(source, paths, layouts) as worker:
 
-        def work(index: int) -> None:
-            worker.move(pieces[index])
-            journal.note(index)
-            progress("convert", next(count), len(pieces))
+            def work(index: int) -> None:
+                worker.move(pieces[index])
+                journal.note(index)
+                progress("convert", next(count), len(pieces))
 
-        in_parallel(work, todo)
+            in_parallel(work, todo)
+    except LostWriteError:
+        # Pieces the journal lists may be gone, so the next attempt must not trust it.
+        journal.restart()
+        raise

@@ -13,7 +13,7 @@ import numpy as np
 
 from trtkit.spec.atomic import output_errors
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import InputError
+from trtkit.spec.errors import InputError, OutputError
 from trtkit.trtllm.cast import Array, cast, check_finite, quantise_rows, storage_dtype
 from trtkit.trtllm.layout import Slab
 from trtkit.trtllm.safetensors_file import FileLayout
@@ -24,6 +24,10 @@ SCALE_SUFFIX = "per_channel_scale"
 
 FLUSH_BYTES = 256 << 20
 """Written data is handed to the disk this often, so that the flush at the end finds little left to do."""
+
+
+class LostWriteError(OutputError):
+    """The disk refused data it had taken before, so nothing written so far is known to be there."""
 
 
 class RankFile:
@@ -66,16 +70,20 @@ class RankFile:
         """Wait for a flush under way.
 
         Raises:
-            OutputError: the disk was full or refused.
+            LostWriteError: the disk was full or refused.
         """
-        with output_errors(self._path):
-            self._settle()
+        self._settle()
 
     def _settle(self) -> None:
         """Raise what the last flush met: the kernel tells of a failed write only once."""
-        if self._flushing is not None:
-            self._flushing.result()
-            self._flushing = None
+        flushing, self._flushing = self._flushing, None
+        if flushing is None:
+            return
+        try:
+            with output_errors(self._path):
+                flushing.result()
+        except OutputError as error:
+            raise LostWriteError(str(error)) from error
 
     def _write(self, view: memoryview, position: int) -> None:
         while view:

@@ -389,3 +389,5 @@ def test_a_disk_that_fills_midway_is_one_line_though_the_kernel_tells_it_only_on
     write_model(tmp_path / "m")
     refuse(tmp_path / "m", OutputError, "the disk is full")
     assert told
+    monkeypatch.undo()
+    assert convert(tmp_path / "m", tmp_path / "refused", quant=FP16).resumed_pieces == 0
