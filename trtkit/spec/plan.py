@@ -10,6 +10,7 @@ from trtkit.spec.model import ModelSpec
 from trtkit.spec.quant import QuantSpec
 
 TARGETS = ("embedded", "tensorrt", "pytorch")
+LOAD_FORMATS = ("auto", "dummy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,11 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:
-    """One engine to build. `model_source` is a directory or a hub id; `gpu` names a catalog entry."""
+    """One engine to build. `model_source` is a directory or a hub id; `gpu` names a catalog entry.
+
+    `load_format` "dummy" means random weights of the true shape, made on the device when the engine opens: speed and
+    memory are real, text is not. Only the embedded target takes it.
+    """
 
     name: str
     model: ModelSpec
@@ -69,10 +74,15 @@ class BuildPlan:
     limits: Limits = field(default_factory=Limits)
     target: str = "embedded"
     target_version: str | None = None
+    load_format: str = "auto"
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise UsageError(f"unknown target {self.target!r}: allowed are {', '.join(TARGETS)}")
+        if self.load_format not in LOAD_FORMATS:
+            raise UsageError(f"unknown load format {self.load_format!r}: allowed are {', '.join(LOAD_FORMATS)}")
+        if self.load_format == "dummy" and self.target != "embedded":
+            raise UsageError(f"load format 'dummy': only the embedded target takes it, not {self.target!r}")
         kv_heads, tp = self.model.num_kv_heads, self.parallel.tp
         if self.model.num_heads % tp or (kv_heads % tp and tp % kv_heads):
             raise UsageError(

@@ -61,6 +61,7 @@ PRECISIONS: dict[str, QuantSpec] = {
     "int8-gptq": _quantised("int8-gptq", "W8A16_GPTQ", DType.INT8, DType.FP16, group_size=128),
     "int8-sq": _quantised("int8-sq", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", DType.INT8, DType.INT8),
     "fp8": _quantised("fp8", "FP8", DType.FP8, DType.FP8),
+    "fp8-rowwise": _quantised("fp8-rowwise", "FP8_PER_CHANNEL_PER_TOKEN", DType.FP8, DType.FP8, compute=DType.BF16),
     "int4-awq": _quantised("int4-awq", "W4A16_AWQ", DType.INT4, DType.FP16, group_size=128),
 }
 
