@@ -17,7 +17,7 @@ from trtkit.spec.result import BENCH_KIND, BenchResult
 from trtkit.spec.workload import Protocol, Workload
 
 ENGINE_LOST = "engine_lost"
-"""Name of the check that marks a cell whose engine died or could not be opened; such a cell is run again."""
+"""Name of the check that marks a cell whose engine died or could not be opened."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,14 +93,14 @@ def workload_digest(workload: Workload) -> str:
 
 
 def finished(path: Path) -> BenchResult | None:
-    """The record at `path` if it is whole and its engine lived to the end; a damaged or older one is measured again."""
+    """The record at `path` if it is whole and valid; a damaged, older or invalid one is measured again."""
     if not path.is_file():
         return None
     try:
         record = read_record(path, BENCH_KIND, BenchResult)
     except InputError:
         return None
-    return None if any(check.name == ENGINE_LOST for check in record.checks) else record
+    return record if record.valid else None
 
 
 def prepare_output(directory: Path) -> None:

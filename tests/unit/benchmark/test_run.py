@@ -172,6 +172,17 @@ def test_the_injected_judge_can_make_a_result_invalid(tmp_path: Path) -> None:
         done.raise_if_incomplete()
 
 
+def test_an_invalid_cell_is_measured_again_by_the_next_run(tmp_path: Path) -> None:
+    def refuse(_result: BenchResult) -> tuple[Check, ...]:
+        return (Check(name="limit", status="fail", detail="too fast"),)
+
+    paths = [bundle(tmp_path)]
+    assert not run(paths, tmp_path, judge=refuse).results[0].valid
+    again = run(paths, tmp_path)
+    assert (again.kept, again.results[0].valid) == (0, True)
+    assert run(paths, tmp_path).kept == 1
+
+
 def test_tokens_that_are_missing_make_a_result_invalid(tmp_path: Path) -> None:
     (result,) = run([bundle(tmp_path, short_by=1)], tmp_path).results
     assert not result.valid
