@@ -1,4 +1,7 @@
-"""Rows of claims from CSV and Markdown: long tables (a `metric` and a `value` column) and wide ones (a column each)."""
+"""Rows of claims from CSV and Markdown.
+
+Long tables have a `metric` and a `value` column, wide ones a column per metric, transposed ones one per configuration.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from trtkit.audit.claims import kind_of
+from trtkit.audit.transposed import is_transposed, turned
 from trtkit.spec.errors import InputError
 
 Row = dict[str, str]
@@ -27,8 +31,12 @@ def csv_rows(text: str, name: str) -> list[Row]:
     except csv.Error as error:
         raise InputError(f"{name}: not a CSV table: {error}") from None
     if not is_claim_header(header):
+        body = [[row.get(column, "") for column in header] for row in rows]
+        if is_transposed(header, body):
+            return turned(header, body)
         raise InputError(
-            f"{name}: no table of claims: needs columns model, gpu, precision, and metric with value (or metric columns)"
+            f"{name}: no table of claims: needs columns model, gpu, precision, and metric with value (or metric columns), "
+            "or a column per configuration and rows model, gpu, precision and metrics"
         )
     return lengthened(header, rows)
 
@@ -46,10 +54,13 @@ def markdown_rows(text: str, name: str) -> list[Row]:
             tables += 1
             padded = [[*cells, *[""] * len(header)][: len(header)] for cells in body]
             found += lengthened(header, [dict(zip(header, cells, strict=True)) for cells in padded])
+        elif is_transposed(header, body):
+            tables += 1
+            found += turned(header, body)
     if not tables:
         raise InputError(
             f"{name}: no Markdown table of claims: needs columns model, gpu, precision, and metric with value "
-            "(or metric columns)"
+            "(or metric columns), or a column per configuration and rows model, gpu, precision and metrics"
         )
     return found
 

@@ -52,6 +52,7 @@ _CLASSES = {
     "int8-sq": "int8-sq",
     "int4-awq": "int4",
     "fp8": "fp8",
+    "fp8-rowwise": "fp8",
     FP4: FP4,
 }
 _FP4_OVER_FP8_PEAK = 2.0
