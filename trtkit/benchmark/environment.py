@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from trtkit.spec.measured import Measured
 from trtkit.spec.result import Environment
 from trtkit.version import __version__
@@ -51,7 +49,7 @@ def fingerprint(
         device_count=device_count,
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=psutil.virtual_memory().total,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         python=platform.python_version(),
         versions=_versions(),
         trtkit_commit=_commit(),

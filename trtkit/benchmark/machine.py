@@ -6,6 +6,7 @@ stays behind in the process that watches memory. The best of several rounds coun
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ _DTYPES = (DType.FP32, DType.BF16, DType.FP16)
 _BUFFERS = (MIB, 4 * MIB, 16 * MIB, 64 * MIB)
 _CPU_LARGE, _GPU_LARGE = 512 * MIB, 4096 * MIB
 _CPU_SIDES, _GPU_SIDES = (512, 1536), (4096, 8192)
+_FP8_CAPABILITY = (8, 9)
 _BUDGET_S = 0.25
 _TIMEOUT_S = 180.0
 
@@ -71,6 +73,9 @@ def measure(device: str, *, budget_s: float = _BUDGET_S) -> dict[str, float]:
         rates = _read_rates(device, synchronize, budget_s)
         for dtype in _DTYPES:
             rates[matmul_key(dtype)] = _matmul_rate(dtype, device, synchronize, budget_s)
+        if device == "cuda" and torch.cuda.get_device_capability() >= _FP8_CAPABILITY:
+            with contextlib.suppress(RuntimeError):  # torch without these kernels: the rate stays unknown
+                rates[matmul_key(DType.FP8)] = _matmul_rate(DType.FP8, device, synchronize, budget_s)
     return rates
 
 
@@ -102,9 +107,21 @@ def _matmul_rate(dtype: DType, device: str, synchronize: Callable[[], None], bud
 def _product(side: int, dtype: DType, device: str) -> Callable[[], Any]:
     import torch
 
+    if dtype is DType.FP8:
+        return _fp8_product(side, device)
     left = torch.full((side, side), 0.5, dtype=getattr(torch, dtype.trtllm_name), device=device)
     right = left.clone()
     return lambda: torch.mm(left, right)
+
+
+def _fp8_product(side: int, device: str) -> Callable[[], Any]:
+    """8-bit floats with one scale per row and per column, the second operand column-major, as the kernels want it."""
+    import torch
+
+    left = torch.full((side, side), 0.5, device=device).to(torch.float8_e4m3fn)
+    right = left.clone().t()
+    rows, columns = torch.ones(side, 1, device=device), torch.ones(1, side, device=device)
+    return lambda: torch._scaled_mm(left, right, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16)
 
 
 def _best_s(work: Callable[[], Any], synchronize: Callable[[], None], budget_s: float) -> float:

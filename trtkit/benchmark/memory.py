@@ -9,10 +9,15 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
-import psutil
-
 from trtkit.spec.engine import EngineInfo, KVStats
 from trtkit.spec.result import MemorySplit
+
+try:
+    import psutil
+
+    _HAS_PSUTIL = True
+except ImportError:  # a GPU box that runs from the source tree may lack it; NVML still knows the child by its id
+    _HAS_PSUTIL = False
 
 INTERVAL_S = 0.02
 UNKNOWN_MEMORY = MemorySplit(
@@ -31,15 +36,21 @@ class Gauge(Protocol):
 
 
 class ProcessTree:
-    """The ids of a process and its descendants, refreshed now and then: walking /proc is slow."""
+    """A process and its descendants, refreshed now and then: walking /proc is slow. Without psutil, `pid` alone."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._processes: list[psutil.Process] = []
         self._next_refresh_s = 0.0
 
+    def pids(self) -> set[int]:
+        """Ids of the tree."""
+        return {self._pid, *(process.pid for process in self.processes())}
+
     def processes(self) -> list[psutil.Process]:
-        """Living processes of the tree."""
+        """Living processes of the tree; none without psutil."""
+        if not _HAS_PSUTIL:
+            return []
         now_s = time.monotonic()
         if now_s >= self._next_refresh_s:
             self._next_refresh_s = now_s + _TREE_REFRESH_S
@@ -83,7 +94,7 @@ class NvmlGauge:
 
     def read_bytes(self) -> int | None:
         """Bytes on all devices together."""
-        pids = {process.pid for process in self._tree.processes()}
+        pids = self._tree.pids()
         by_process, growth = 0, 0
         for index, baseline in self._baseline_bytes.items():
             handle = self._nvml.nvmlDeviceGetHandleByIndex(index)

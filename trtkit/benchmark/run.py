@@ -14,6 +14,7 @@ import numpy as np
 from trtkit.backends.remote import DEFAULT_OPENER, RemoteEngine, Timeouts
 from trtkit.benchmark.cells import ENGINE_LOST, Cell, load_title, plan_cells, prepare_output
 from trtkit.benchmark.checks import FAIL, bookkeeping_checks
+from trtkit.benchmark.clocks import ClockSampler, clock_check, clock_gauge
 from trtkit.benchmark.driver import run_repeat
 from trtkit.benchmark.environment import fingerprint
 from trtkit.benchmark.machine import best_of, measured_limits, remeasured_limits
@@ -194,13 +195,14 @@ class _Session:
     ) -> None:
         self._engine = engine
         self._gauge = gauge_for(engine.info, baseline)
+        self._clocks = clock_gauge(baseline)
         self._environment = environment
         self._protocol = protocol
         self._settings = settings
 
     def run(self, cell: Cell, prompts: PromptSet) -> BenchResult:
         started = _now()
-        with PeakSampler(self._gauge) as sampler:
+        with PeakSampler(self._gauge) as sampler, ClockSampler(self._clocks) as clocks:
             warmup, repeats = run_cell(self._engine, cell.workload, prompts, self._reporter(cell))
         method = self._gauge.method if self._gauge else "none"
         memory = split(self._engine.info, [repeat.kv for repeat in (warmup, *repeats)], sampler.peak_bytes, method)
@@ -210,7 +212,9 @@ class _Session:
             again = best_of(self._environment.machine_limits, self._settings.remeasure(cell.target.device))
             self._environment = replace(self._environment, machine_limits=again)
             measured = self._measured(cell, repeats, started)
-        return judged(replace(measured, memory=memory), self._settings.judge)
+        reports = clocks.reports()
+        checks = (*measured.checks, clock_check(reports)) if reports else measured.checks
+        return judged(replace(measured, memory=memory, checks=checks), self._settings.judge)
 
     def _measured(self, cell: Cell, repeats: tuple[Repeat, ...], started: str) -> BenchResult:
         return assemble(cell, repeats, replace(self._environment, started_utc=started), self._protocol.name)

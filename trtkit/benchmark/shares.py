@@ -54,8 +54,11 @@ def multiply_limit(plan: BuildPlan, limits: Mapping[str, Measured]) -> Measured 
     """The fastest rate at which this plan's products may be made.
 
     A plan in 32 bits multiplies in 32 bits. Below that the kernel may choose (a CPU without FP16 units computes FP16
-    in another type, and eight-bit weights in any), so the best measured type bounds it.
+    in another type, and eight-bit weights in any), so the best measured type bounds it. Operands of 8-bit floats on a
+    GPU have units of their own, twice as fast: without their rate the limit is unknown.
     """
+    if plan.quant.activations is DType.FP8 and plan.gpu != "cpu":
+        return matmul_limit(limits, DType.FP8)
     wanted = (DType.FP32,) if plan.quant.weights is DType.FP32 else _MULTIPLY_TYPES
     rates = [rate for dtype in wanted if (rate := matmul_limit(limits, dtype)) is not None]
     return max(rates, key=lambda rate: rate.value, default=None)

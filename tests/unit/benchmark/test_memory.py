@@ -6,8 +6,10 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 from support.fake_engine import FakeEngine
 
+from trtkit.benchmark import memory
 from trtkit.benchmark.memory import NvmlGauge, PeakSampler, RssGauge, gauge_for, split
 from trtkit.spec.units import MIB
 
@@ -91,6 +93,13 @@ def test_gpu_memory_is_that_of_the_process_on_all_devices_and_of_nobody_else() -
 def test_gpu_memory_of_a_process_that_nvml_names_otherwise_is_the_growth_since_the_start() -> None:
     nvml = fake_nvml({0: 900, 1: 300}, {0: {999_999: 10}, 1: {}})
     assert NvmlGauge(os.getpid(), nvml, {0: 100, 1: 400}).read_bytes() == 800
+
+
+def test_without_psutil_a_gpu_process_is_still_found_by_its_own_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_HAS_PSUTIL", False)
+    nvml = fake_nvml({0: 900}, {0: {4321: 10, 1: 500}})
+    assert NvmlGauge(4321, nvml, {0: 0}).read_bytes() == 10
+    assert RssGauge(os.getpid()).read_bytes() is None
 
 
 def test_an_engine_in_this_process_cannot_be_told_apart_and_a_gpu_needs_a_baseline() -> None:

@@ -261,3 +261,26 @@ def test_a_killed_run_keeps_its_finished_cells_leaves_no_child_and_continues(
     assert len(list(out.glob("*.json"))) == 4
     assert all(record.read_bytes() == content for record, content in finished.items())
     assert [p.name for p in out.iterdir() if p.suffix != ".json"] == []
+
+
+def test_a_hot_gpu_makes_the_cell_invalid_and_its_clocks_are_in_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class HotGauge:
+        def read(self) -> dict[int, tuple[int, int]]:
+            return {0: (1980, 0x40)}
+
+        def max_mhz(self) -> dict[int, int]:
+            return {0: 1980}
+
+    monkeypatch.setattr("trtkit.benchmark.run.clock_gauge", lambda _baseline: HotGauge())
+    monkeypatch.setattr("trtkit.benchmark.clocks.INTERVAL_S", 0.0005)
+    path = bundle(tmp_path, step_ns=10_000_000)
+    (result,) = run([path], tmp_path).results
+    assert not result.valid
+    assert [check.status for check in result.checks if check.name == "gpu_clock"] == ["fail"]
+
+
+def test_a_cpu_has_no_gpu_clock_to_check(tmp_path: Path) -> None:
+    (result,) = run([bundle(tmp_path)], tmp_path).results
+    assert [check.name for check in result.checks if check.name == "gpu_clock"] == []

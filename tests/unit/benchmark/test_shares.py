@@ -97,6 +97,16 @@ def test_below_32_bits_the_fastest_measured_type_bounds_the_products() -> None:
     assert multiply_limit(PLAN, {}) is None
 
 
+def test_products_of_8_bit_floats_on_a_gpu_are_bound_by_their_own_rate_or_by_nothing_known() -> None:
+    rate = Measured(value=9.0, unit="FLOP/s", source=Source.MEASURED)
+    fp8 = replace(PLAN, gpu="h100-sxm", quant=quant_for("fp8-rowwise"))
+    assert multiply_limit(fp8, {matmul_key(DType.BF16): rate}) is None
+    both = {matmul_key(DType.BF16): rate, matmul_key(DType.FP8): replace(rate, value=17.0)}
+    assert multiply_limit(fp8, both).value == 17
+    assert multiply_limit(replace(fp8, quant=quant_for("int8")), both).value == 9
+    assert multiply_limit(replace(fp8, gpu="cpu"), both).value == 9
+
+
 def test_a_share_of_the_cache_is_taken_of_each_requests_context_as_the_engine_does() -> None:
     plan = replace(PLAN, limits=Limits(max_seq_len=160, tokens_per_block=16))
     load = Workload(isl=100, osl=20, num_requests=1)
