@@ -1,0 +1,132 @@
+"""Matrix products of the device path: weights of 8 or 16 bits against 16-bit activations, and FP8 against FP8.
+
+Shapes: T tokens, I input channels, O output channels; weights lie [O, I]. Types of a weight: int8 or float8_e4m3fn
+with one scale per output channel (`y = (x @ q.T) * scale`, activations stay as they are: W8A16), or the activations'
+own type without a scale. The twins define every function; kernels accumulate in fp32 and round once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trtkit.kernels.dispatch import use_triton
+
+FAMILY = "matmul"
+DECODE_ROWS = 64
+"""Up to so many tokens a product is bound by reading the weights, and the kernel that reads them once runs."""
+
+FP8_MAX = 448.0
+"""Largest finite float8_e4m3fn."""
+
+_TWIN_ELEMENTS = 1 << 22
+
+
+def linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    scale_O: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`x @ dequantised(weight).T + bias`.
+
+    Args:
+        x_TI: activations, fp16, bf16 or fp32, rows contiguous.
+        weight_OI: int8 or float8_e4m3fn with `scale_O`, or the type of `x_TI` without; contiguous.
+        scale_O: one scale per output channel, any float type; None for a weight that is not quantised.
+        bias_O: added in fp32 before rounding.
+        out: [T, O] in the type of `x_TI`, written instead of a new tensor.
+
+    Returns:
+        [T, O] in the type of `x_TI`.
+    """
+    if use_triton(x_TI, FAMILY):
+        from trtkit.kernels import triton_matmul
+
+        return triton_matmul.linear(x_TI, weight_OI, scale_O, bias_O, out=out)
+    return linear_twin(x_TI, weight_OI, scale_O, bias_O, out=out)
+
+
+def fp8_linear(
+    x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """The product of an FP8 weight, with activations brought to FP8 row by row where that is quicker.
+
+    Above `DECODE_ROWS` tokens both operands are FP8 (`quantise_rows_fp8`); below, reading weights is all the time
+    there is and activations keep their 16 bits, which is never less exact.
+
+    Args:
+        x_TI: activations, fp16, bf16 or fp32.
+        weight_OI: float8_e4m3fn.
+        scale_O: one scale per output channel.
+        bias_O: added before rounding.
+        out: [T, O] in the type of `x_TI`, written instead of a new tensor.
+    """
+    if x_TI.shape[0] <= DECODE_ROWS:
+        return linear(x_TI, weight_OI, scale_O, bias_O, out=out)
+    if use_triton(x_TI, FAMILY):
+        from trtkit.kernels import triton_matmul
+
+        return triton_matmul.fp8_linear(x_TI, weight_OI, scale_O, bias_O, out=out)
+    return fp8_linear_twin(x_TI, weight_OI, scale_O, bias_O, out=out)
+
+
+def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as float8_e4m3fn with the scale that brings its largest element to `FP8_MAX`.
+
+    Returns:
+        The quantised rows [T, I] and fp32 scales [T, 1]; `quantised * scale` is the row again. A row of zeros has
+        scale 1.
+    """
+    if use_triton(x_TI, FAMILY):
+        from trtkit.kernels import triton_matmul
+
+        return triton_matmul.quantise_rows_fp8(x_TI)
+    return quantise_rows_twin(x_TI)
+
+
+def linear_twin(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    scale_O: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Defines `linear`: fp32 inside, a few output channels at a time so that no second matrix is held."""
+    outputs, inputs = weight_OI.shape
+    result = torch.empty(x_TI.shape[0], outputs, dtype=x_TI.dtype, device=x_TI.device) if out is None else out
+    tile = max(1, _TWIN_ELEMENTS // inputs)
+    wide_x = x_TI.float()
+    for start in range(0, outputs, tile):
+        rows = slice(start, min(outputs, start + tile))
+        product = wide_x @ weight_OI[rows].float().T
+        if scale_O is not None:
+            product *= scale_O[rows].float()
+        if bias_O is not None:
+            product += bias_O[rows].float()
+        result[:, rows] = product.to(result.dtype)
+    return result
+
+
+def fp8_linear_twin(
+    x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """Defines `fp8_linear` above `DECODE_ROWS` tokens: both operands rounded to FP8, fp32 inside."""
+    quantised, scale = quantise_rows_twin(x_TI)
+    product = linear_twin(quantised.float(), weight_OI, scale_O) * scale
+    if bias_O is not None:
+        product += bias_O.float()
+    if out is None:
+        return product.to(x_TI.dtype)
+    return out.copy_(product)
+
+
+def quantise_rows_twin(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Defines `quantise_rows_fp8`."""
+    wide = x_TI.float()
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    scale = torch.where(largest > 0, largest / FP8_MAX, torch.ones_like(largest))
+    return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
