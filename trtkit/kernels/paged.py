@@ -1,69 +1,143 @@
-"""Operations on a paged KV cache: torch twins, which define them, and the choice of the Triton kernel on CUDA.
+"""Operations on a paged KV cache: the choice between a torch twin, which defines each, and its Triton kernel on CUDA.
 
 Shapes: B sequences, R queries of all sequences together (`starts_B1` bounds them), Hq query heads, H KV heads,
-G = Hq / H query heads per KV head, D head dim, M table columns, N = longest sequence. The cache of one layer is
-TensorRT-LLM's HND block layout [blocks, 2, H, tokens_per_block, D], index 0 keys and 1 values; keys are rotated.
+G = Hq / H query heads per KV head, D head dim, M table columns, L layers, N live slots, C slots a ledger has room
+for. The cache of one layer is TensorRT-LLM's HND block layout [blocks, 2, H, tokens_per_block, D], index 0 keys and 1
+values; keys are rotated. Caches may be fp32, fp16, bf16 or float8_e4m3fn (scale 1). Nothing here waits for the device
+where kernels run, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import math
-from dataclasses import dataclass
-from itertools import pairwise
-
-import torch
 from torch import Tensor
 
-_QUERY_TILE = 256
+from trtkit.kernels.dispatch import use_triton
+from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, PagedQueries, gather_sequence
+from trtkit.kernels.paged_twins import (
+    compact_layers_twin,
+    compact_twin,
+    decode_attention_twin,
+    lse_twin,
+    prefill_attention_twin,
+    score_layers_twin,
+    score_twin,
+)
+
+__all__ = [
+    "DecodeWorkspace",
+    "PagedBatch",
+    "PagedQueries",
+    "compact_layers",
+    "compact_layers_twin",
+    "compact_paged",
+    "compact_twin",
+    "decode_attention_twin",
+    "decode_splits",
+    "gather_sequence",
+    "lse_twin",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "prefill_attention_twin",
+    "score_layers",
+    "score_layers_twin",
+    "score_paged",
+    "score_twin",
+    "use_triton",
+]
+
+MAX_SPLITS = 16
+"""The last program of a sequence adds up this many results at most: 64 KiB for 8 heads of 128, under 1 us (modeled)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PagedBatch:
-    """Where the live tokens of B sequences lie in one layer's cache.
+def decode_splits(rows: int, kv_heads: int, multiprocessors: int) -> int:
+    """Parts that decode attention cuts each of `rows` sequences into, so that every multiprocessor has work.
 
-    `blocks_BM` (int32) are block tables, `lengths_B` (int32) live slots; a table's columns past a sequence's last
-    block are never read.
+    Four programs a multiprocessor let short and long sequences even out; a power of two keeps compiled variants few.
     """
-
-    cache: Tensor
-    blocks_BM: Tensor
-    lengths_B: Tensor
-
-    @property
-    def tokens_per_block(self) -> int:
-        """Slots of a block."""
-        return int(self.cache.shape[3])
+    wanted = max(1, 4 * multiprocessors // max(1, rows * kv_heads))
+    return int(min(MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class PagedQueries:
-    """Queries of B sequences back to back: `heads_RHD` [R, Hq, D] after rotation, sequence b's in `starts_B1[b:b+2]`.
-
-    `positions_R` (int32) are their positions in the sequence: a query sees the keys at its own position and before.
-    """
-
-    heads_RHD: Tensor
-    starts_B1: Tensor
-    positions_R: Tensor
-
-
-def use_triton(tensor: Tensor) -> bool:
-    """Whether the kernel runs instead of the twin: on CUDA, where Triton is installed."""
-    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
-
-
-def paged_decode_attention(queries_BHD: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:
+def paged_decode_attention(  # noqa: PLR0913 - outputs the caller may own, all by keyword
+    queries_BHD: Tensor,
+    batch: PagedBatch,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    splits: int | None = None,
+    workspace: DecodeWorkspace | None = None,
+    ring_lse: Tensor | None = None,
+    ring_index_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence over all its live slots.
+
+    Args:
+        queries_BHD: [B, Hq, D].
+        batch: the cache and where the sequences lie in it; a sequence of no length gives zeros and -inf.
+        out: where the output goes, [B, Hq, D].
+        lse: where the log-sum-exp goes, fp32 [B, Hq].
+        splits: parts a sequence is cut into, a property of the launch and not of its lengths; chosen from B if None.
+        workspace: scratch for more than one split; allocated if None.
+        ring_lse: fp32 [places, Hq]; the log-sum-exp of row b is also written to place `ring_index_B[b]`.
+        ring_index_B: int32 or int64 [B]; a negative place is skipped.
 
     Returns:
         Output [B, Hq, D] in the queries' type and the natural log-sum-exp of the scaled logits, fp32 [B, Hq].
     """
     if use_triton(queries_BHD):
-        from trtkit.kernels import triton_paged
+        from trtkit.kernels import triton_decode
 
-        return triton_paged.paged_decode_attention(queries_BHD, batch)
-    return decode_attention_twin(queries_BHD, batch)
+        return triton_decode.paged_decode_attention(
+            queries_BHD,
+            batch,
+            out=out,
+            lse=lse,
+            splits=splits,
+            workspace=workspace,
+            ring_lse=ring_lse,
+            ring_index_B=ring_index_B,
+        )
+    out, lse = decode_attention_twin(queries_BHD, batch, out=out, lse=lse)
+    if ring_lse is not None and ring_index_B is not None:
+        wanted = ring_index_B >= 0
+        ring_lse[ring_index_B[wanted].long()] = lse[wanted]
+    return out, lse
+
+
+def paged_prefill_attention(  # noqa: PLR0913 - outputs the caller may own, by keyword
+    queries_RHD: Tensor,
+    starts_B1: Tensor,
+    cached_B: Tensor,
+    batch: PagedBatch,
+    *,
+    max_count: int,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of several consecutive queries per sequence, whose own keys and values are in the cache already.
+
+    Query i of sequence b sees the slots below `cached_B[b] + i + 1`: all that was cached before, whatever it is, and
+    its own tokens causally.
+
+    Args:
+        queries_RHD: [R, Hq, D], sequence after sequence.
+        starts_B1: int32 [B + 1], bounds of each sequence's queries.
+        cached_B: int32 [B], live slots before these queries' tokens were written.
+        batch: the cache after they were; its lengths are `cached_B` plus the counts.
+        max_count: queries of the sequence that has most; known to the host, because it sizes the grid.
+        out: where the output goes, [R, Hq, D].
+        lse: where the log-sum-exp goes, fp32 [R, Hq].
+
+    Returns:
+        Output [R, Hq, D] in the queries' type and the natural log-sum-exp of the scaled logits, fp32 [R, Hq].
+    """
+    if use_triton(queries_RHD):
+        from trtkit.kernels import triton_prefill
+
+        return triton_prefill.paged_prefill_attention(
+            queries_RHD, starts_B1, cached_B, batch, max_count=max_count, out=out, lse=lse
+        )
+    return prefill_attention_twin(queries_RHD, starts_B1, cached_B, batch, out=out, lse=lse)
 
 
 def score_paged(
@@ -88,6 +162,49 @@ def score_paged(
     return score_twin(queries, lse_RH, weights_R, batch, positions)
 
 
+def score_layers(  # noqa: PLR0913, PLR0917 - queries, keys and ledger of one sequence
+    queries_LRHD: Tensor,
+    lse_LRH: Tensor,
+    weights_R: Tensor,
+    storage: Tensor,
+    table_M: Tensor,
+    length: int,
+    positions_LHN: Tensor,
+    query_positions_R: Tensor,
+    *,
+    layers: slice | None = None,
+    out: Tensor | None = None,
+    carry: float = 0.0,
+) -> Tensor:
+    """Attention mass the live keys of one sequence receive in several layers, keys read once for all queries.
+
+    Leading axes may be strided views, such as a sequence's places in a ring; the order of the queries is free.
+
+    Args:
+        queries_LRHD: rotated queries of the chosen layers, [L, R, Hq, D].
+        lse_LRH: fp32 [L, R, Hq], log-sum-exp of each query's scaled logits, as attention emitted it.
+        weights_R: fp32 [R], what each query's mass counts.
+        storage: all layers' caches, [layers, blocks, 2, H, tokens_per_block, D], contiguous.
+        table_M: int32 [M], the sequence's block table.
+        length: its live slots N.
+        positions_LHN: int32 [L, H, N], original positions of the live slots, last axis contiguous.
+        query_positions_R: int32 [R]; a query sees the keys at its own position and before.
+        layers: which layers of `storage` the L are; all if None.
+        out: fp32 [L, H, N], last axis contiguous; where the result goes.
+        carry: what is in `out` times this is added; at 0 it is not read.
+
+    Returns:
+        fp32 [L, H, N].
+    """
+    chosen = storage if layers is None else storage[layers]
+    arguments = (queries_LRHD, lse_LRH, weights_R, chosen, table_M, length, positions_LHN, query_positions_R)
+    if use_triton(storage):
+        from trtkit.kernels import triton_score
+
+        return triton_score.score_layers(*arguments, out=out, carry=carry)
+    return score_layers_twin(*arguments, out=out, carry=carry)
+
+
 def compact_paged(cache: Tensor, blocks_BM: Tensor, moves_M4: Tensor) -> None:
     """Copy keys and values inside one layer's cache, in place.
 
@@ -104,70 +221,30 @@ def compact_paged(cache: Tensor, blocks_BM: Tensor, moves_M4: Tensor) -> None:
     compact_twin(cache, blocks_BM, moves_M4)
 
 
-def gather_sequence(batch: PagedBatch, index: int) -> Tensor:
-    """Keys and values of one sequence in slot order, a copy [2, H, length, D]."""
-    length = int(batch.lengths_B[index])
-    blocks = batch.blocks_BM[index, : math.ceil(length / batch.tokens_per_block)].to(torch.int64)
-    return batch.cache[blocks].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+def compact_layers(
+    storage: Tensor,
+    table_M: Tensor,
+    keep_RK: Tensor,
+    length: int,
+    mass_LHC: Tensor | None,
+    positions_LHC: Tensor | None,
+) -> None:
+    """Leave the kept slots of one sequence in front, in every layer of `storage` and in its ledger, in place.
 
+    Holes in front are filled from behind, both in ascending order, so no more tokens move than are evicted.
 
-def decode_attention_twin(queries_BHD: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:
-    """Defines `paged_decode_attention`: fp32 inside, one sequence at a time."""
-    out = torch.empty_like(queries_BHD)
-    lse = torch.empty(queries_BHD.shape[:2], dtype=torch.float32, device=queries_BHD.device)
-    for index, query_HD in enumerate(queries_BHD.float()):
-        keys, values = gather_sequence(batch, index).float()
-        logits_HGN = _scaled_logits(query_HD[None], keys)[:, :, 0]
-        lse[index] = torch.logsumexp(logits_HGN, dim=-1).flatten()
-        out[index] = (torch.softmax(logits_HGN, dim=-1) @ values).flatten(0, 1).to(out.dtype)
-    return out, lse
+    Args:
+        storage: [L, blocks, 2, H, tokens_per_block, D]; pass `storage[l : l + 1]` for one layer.
+        table_M: int32 [M], the sequence's block table.
+        keep_RK: int32 or int64 [L * H, kept], ascending slots of each (layer, KV head). Slots out of range move
+            nothing; nothing outside the sequence is ever touched.
+        length: live slots before; afterwards `kept` are.
+        mass_LHC: fp32 ledger that moves along, last axis contiguous, if any.
+        positions_LHC: int32 ledger that moves along, last axis contiguous, if any.
+    """
+    if use_triton(storage):
+        from trtkit.kernels import triton_score
 
-
-def score_twin(
-    queries: PagedQueries, lse_RH: Tensor, weights_R: Tensor, batch: PagedBatch, positions: Tensor
-) -> Tensor:
-    """Defines `score_paged`: exp(logit - lse) of visible keys, weighted and summed."""
-    mass = torch.zeros(positions.shape, dtype=torch.float32, device=lse_RH.device)
-    starts = queries.starts_B1.tolist()
-    for index, (start, end) in enumerate(pairwise(starts)):
-        keys = gather_sequence(batch, index)[0].float()
-        live = positions[index, :, : keys.shape[1]]
-        for first in range(start, end, _QUERY_TILE):
-            rows = slice(first, min(end, first + _QUERY_TILE))
-            logits_HGTN = _scaled_logits(queries.heads_RHD[rows].float(), keys)
-            hidden_HTN = live[:, None, :] > queries.positions_R[rows][None, :, None]
-            lse_HGT = lse_RH[rows].T.reshape(keys.shape[0], -1, rows.stop - rows.start)
-            probabilities = torch.exp(logits_HGTN - lse_HGT[..., None]).masked_fill(hidden_HTN[:, None], 0)
-            mass[index, :, : keys.shape[1]] += torch.einsum("hgtn,t->hn", probabilities, weights_R[rows])
-    return mass
-
-
-def lse_twin(queries: PagedQueries, batch: PagedBatch, positions: Tensor) -> Tensor:
-    """Log-sum-exp of each query's visible scaled logits, fp32 [R, Hq]: for engines whose attention emits none."""
-    lse = torch.empty(queries.heads_RHD.shape[:2], dtype=torch.float32, device=positions.device)
-    starts = queries.starts_B1.tolist()
-    for index, (start, end) in enumerate(pairwise(starts)):
-        keys = gather_sequence(batch, index)[0].float()
-        live = positions[index, :, : keys.shape[1]]
-        for first in range(start, end, _QUERY_TILE):
-            rows = slice(first, min(end, first + _QUERY_TILE))
-            hidden_HTN = live[:, None, :] > queries.positions_R[rows][None, :, None]
-            logits = _scaled_logits(queries.heads_RHD[rows].float(), keys).masked_fill(hidden_HTN[:, None], -math.inf)
-            lse[rows] = torch.logsumexp(logits, dim=-1).flatten(0, 1).T
-    return lse
-
-
-def compact_twin(cache: Tensor, blocks_BM: Tensor, moves_M4: Tensor) -> None:
-    """Defines `compact_paged`: all sources are read before any target is written."""
-    size = cache.shape[3]
-    sequence, head, source, target = moves_M4.to(torch.int64).unbind(1)
-    from_block = blocks_BM[sequence, source // size].to(torch.int64)
-    to_block = blocks_BM[sequence, target // size].to(torch.int64)
-    cache[to_block, :, head, target % size] = cache[from_block, :, head, source % size]
-
-
-def _scaled_logits(heads_THD: Tensor, keys_HND: Tensor) -> Tensor:
-    """Queries [T, Hq, D] against keys [H, N, D], scaled by 1/sqrt(D): [H, G, T, N]."""
-    count, _, dim = heads_THD.shape
-    grouped = heads_THD.reshape(count, keys_HND.shape[0], -1, dim).permute(1, 2, 0, 3)
-    return torch.matmul(grouped, keys_HND[:, None].transpose(-1, -2)) / math.sqrt(dim)
+        triton_score.compact_layers(storage, table_M, keep_RK, length, mass_LHC, positions_LHC)
+        return
+    compact_layers_twin(storage, table_M, keep_RK, length, mass_LHC, positions_LHC)
