@@ -8,13 +8,11 @@ only holes are filled, and whole tail blocks go back to the pool at once.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
 from trtkit.engine.batch import Batch
-from trtkit.engine.observer import EvictionCounters
+from trtkit.engine.eviction_rules import EvictionRules, PieceRule, beside_decodes, due
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.query_ring import QueryRing
 from trtkit.engine.runner import ObserverFactory
@@ -26,9 +24,8 @@ from trtkit.kernels.mass import column_mass
 from trtkit.kv.ledger import AttentionLedger
 from trtkit.kv.moves import plan_moves
 from trtkit.kv.policy import Budget, CachedTokens, EvictionPolicy
-from trtkit.kv.registry import load_policy
 from trtkit.kv.selection import check_slots
-from trtkit.spec.errors import EngineError, UnsupportedError
+from trtkit.spec.errors import EngineError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
@@ -44,51 +41,38 @@ def prefill_piece(budget: Budget, limits: Limits) -> int:
 
     A piece is fed whole, so it must find room in a step beside a full batch of decoding requests.
     """
-    beside_decodes = max(1, limits.max_num_tokens - limits.max_batch_size + 1)
-    return min(max(_MIN_PIECE, budget.tokens // _PIECES_PER_BUDGET), beside_decodes)
+    return min(max(_MIN_PIECE, budget.tokens // _PIECES_PER_BUDGET), beside_decodes(limits))
 
 
 class EvictionObserver:
     """The engine's `LayerObserver`. `failed` tells sequences whose policy broke, with one line each."""
 
-    def __init__(self, spec: KVPolicySpec, model: ModelSpec, cache: PagedCache, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        spec: KVPolicySpec,
+        model: ModelSpec,
+        cache: PagedCache,
+        scheduler: Scheduler,
+        *,
+        piece: PieceRule = prefill_piece,
+    ) -> None:
         """An observer for an engine whose policy is `spec`; a request may bring its own.
 
         Raises:
             TrtkitError: the engine's policy is unknown or cannot be carried out here.
         """
-        self.counters = EvictionCounters()
+        self._rules = EvictionRules(spec, model, scheduler, piece)
+        self.counters = self._rules.counters
         self.failed: dict[Sequence, str] = {}
         self._model = model
         self._cache = cache
-        self._scheduler = scheduler
-        self._policies: dict[KVPolicySpec, EvictionPolicy | None] = {}
         self._tracked: dict[Sequence, Tracked] = {}
         self._rings: dict[int, QueryRing] = {}
         self._plan: StepPlan | None = None
-        self._policy(spec)
 
     def admit(self, sequence: Sequence) -> None:
-        """See `LayerObserver.admit`. A request that can never outgrow its budget is left alone altogether.
-
-        A share becomes tokens here: it is one of the request's own longest context.
-        """
-        sequence.kv_policy = sequence.kv_policy.resolved(sequence.prompt_len + sequence.max_new_tokens)
-        policy = self._policy(sequence.kv_policy)
-        if policy is None:
-            return
-        budget = policy.budget
-        grown = sequence.prompt_len + sequence.max_new_tokens - 1
-        if sequence.prompt_len <= budget.tokens and grown < budget.tokens + budget.interval:
-            return
-        if sequence.chunk_ends:
-            bounds = (0, *sequence.chunk_ends, sequence.prompt_len)
-            piece = max(end - start for start, end in itertools.pairwise(bounds))
-        else:
-            piece = prefill_piece(budget, self._scheduler.limits)
-            sequence.prefill_quantum = piece
-        sequence.evicts = True
-        sequence.kv_cap_tokens = min(budget.tokens + max(piece, budget.interval), max(grown, sequence.prompt_len))
+        """See `LayerObserver.admit` and `EvictionRules.admit`."""
+        self._rules.admit(sequence)
 
     def observe(self, layer: int, q_THD: Tensor, batch: Batch) -> None:
         """See `LayerObserver.observe`."""
@@ -112,8 +96,9 @@ class EvictionObserver:
                 continue
             if tracked.pending and tracked.ring is not None and tracked.pending == tracked.ring.size:
                 self._flush(row.sequence, tracked)
-            if row.ends_piece and _due(row.sequence, tracked.policy.budget):
-                self._evict(row.sequence, tracked)
+            sequence, budget = row.sequence, tracked.policy.budget
+            if row.ends_piece and due(sequence.num_tokens, sequence.prompt_len, sequence.cache_len, budget):
+                self._evict(sequence, tracked)
         self.counters.side_bytes = sum(t.ledger.num_bytes for t in self._tracked.values())
         self.counters.side_bytes += sum(ring.num_bytes for ring in self._rings.values())
 
@@ -126,20 +111,6 @@ class EvictionObserver:
         sequence.kv_cap_tokens = tracked.prompt_cap
         if tracked.ring is not None:
             tracked.ring.give(tracked.ring_slot)
-
-    def _policy(self, spec: KVPolicySpec) -> EvictionPolicy | None:
-        """The policy a spec names, loaded once."""
-        if spec not in self._policies:
-            limits = self._scheduler.limits
-            policy = load_policy(spec, max_seq_len=limits.max_seq_len, default_interval=limits.tokens_per_block)
-            window = self._model.sliding_window
-            if policy is not None and window is not None and window < limits.max_seq_len:
-                raise UnsupportedError(
-                    f"KV policy {spec.label!r}: {self._model.name} has sliding-window layers ({window} tokens), which "
-                    "drop tokens themselves; use --kv full, or a max_seq_len within the window"
-                )
-            self._policies[spec] = policy
-        return self._policies[spec]
 
     def _begin(self, batch: Batch) -> StepPlan:
         """Open the ledgers for the step's tokens and sort its rows into pieces and ring writes."""
@@ -172,7 +143,7 @@ class EvictionObserver:
         return plan
 
     def _track(self, sequence: Sequence) -> Tracked:
-        policy = self._policy(sequence.kv_policy)
+        policy = self._rules.policy(sequence.kv_policy)
         assert policy is not None, "admit marks only sequences with a policy"
         watch = policy.watch
         size = {"none": 0, "all": RING_QUERIES, "last": watch.window}[watch.queries]
@@ -253,22 +224,7 @@ class EvictionObserver:
         moves = plan_moves(keep.flatten(0, 1), before)
         move_slots(self._cache, sequence.block_table, moves)
         ledger.compact(moves)
-        sequence.cache_len = budget.tokens
-        if sequence.num_tokens >= sequence.prompt_len and sequence.kv_cap_tokens is not None:
-            # No piece of a prompt is coming any more, so admission may count with less.
-            sequence.kv_cap_tokens = min(sequence.kv_cap_tokens, budget.tokens + budget.interval)
-        self.counters.blocks_freed += self._scheduler.trim(sequence)
-        self.counters.evictions += 1
-        self.counters.tokens_evicted += before - budget.tokens
-        sequence.evictions += 1
-        sequence.tokens_evicted += before - budget.tokens
-
-
-def _due(sequence: Sequence, budget: Budget) -> bool:
-    """Whether an eviction follows the piece just fed."""
-    if sequence.num_tokens <= sequence.prompt_len:
-        return sequence.cache_len > budget.tokens
-    return sequence.cache_len >= budget.tokens + budget.interval
+        self._rules.record(sequence, budget, [before - budget.tokens], budget.tokens)
 
 
 def _decide(policy: EvictionPolicy, ledger: AttentionLedger, num_tokens: int) -> Tensor:

@@ -82,14 +82,14 @@ class RandomKeep:
 
     def select(self, tokens: CachedTokens) -> Tensor:
         """Priorities are a hash of (seed, row, position), so a replay chooses alike."""
-        priority = _hashed(tokens.positions, self.seed)
+        priority = _hashed(tokens.positions, self.seed, tokens.first_row)
         return keep_best(priority, tokens.positions, tokens.num_tokens, self.budget)
 
 
-def _hashed(positions: Tensor, seed: int) -> Tensor:
+def _hashed(positions: Tensor, seed: int, first_row: int) -> Tensor:
     """A uniform-looking number per (row, position), [..., N]; integer arithmetic, so alike on every machine."""
     rows = positions.numel() // max(1, positions.shape[-1])
-    row = torch.arange(rows, device=positions.device).reshape(*positions.shape[:-1], 1)
+    row = torch.arange(first_row, first_row + rows, device=positions.device).reshape(*positions.shape[:-1], 1)
     mask = (1 << _HASH_BITS) - 1
     value = (positions.to(torch.int64) + row * _ROW_STRIDE + seed * _MIXERS[0]) & mask
     for mixer in _MIXERS:

@@ -93,12 +93,15 @@ class CachedTokens:
 
     `positions` (int, [..., N]) are original positions, distinct in a row; `mass` (fp32, [..., N]) is what the
     policy's `Watch` asked for, summed over the query heads of the KV head, and zero where it asked for none.
-    `num_tokens` counts the sequence's tokens so far, evicted ones included: the next query's position.
+    `num_tokens` counts the sequence's tokens so far, evicted ones included: the next query's position. `first_row`
+    rows of the sequence lie before these: an engine may ask for all layers at once or for one after the other, and
+    must be told the same.
     """
 
     positions: Tensor
     mass: Tensor
     num_tokens: int
+    first_row: int = 0
 
 
 @runtime_checkable
