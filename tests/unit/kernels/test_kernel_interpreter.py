@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 
 
+FILES = ("test_paged_kernels.py", "test_fused_kernels.py", "test_sampling_kernels.py")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_kernels_run_in_the_interpreter_even_where_triton_came_first():
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("test_paged_kernels.py ran in this very process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "test_paged_kernels.py"]
+        pytest.skip("the files ran in this very process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *FILES]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     folder = Path(__file__).parent
