@@ -1,0 +1,332 @@
+"""Llama 3 70B of random weights on one GPU, by trtkit's own protocol: the rows of the published table, measured.
+
+    python3 bench/gpu/llama70b.py --out DIR [--rows int8,int8-h2o] [--cells c1-isl512] [--time-limit-s 300] [--rehearse]
+
+Speed does not depend on the weights' values, so no checkpoint is needed. Each row is one configuration in a fresh child
+process, its cells run most important first until the time is over; what was not run is listed with its floor and its
+prediction. --rehearse runs the same code on a CPU with a tiny shape and gives no rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.gpu import sources
+from bench.gpu.memory import fits, memory_rows
+from bench.gpu.sweep import CellPlan, RowOutcome, Sweep, run_row
+from trtkit.backends.remote import DEFAULT_OPENER
+from trtkit.plan.names import gpu_word
+from trtkit.plan.prices import load_prices
+from trtkit.spec.catalog import gpu_spec, model_preset
+from trtkit.spec.codec import read_record, write_record
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import InputError, TrtkitError, UsageError
+from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.measured import Measured
+from trtkit.spec.model import ModelSpec
+from trtkit.spec.plan import BuildPlan, Limits
+from trtkit.spec.quant import quant_for
+from trtkit.spec.workload import Workload
+
+KIND = "gpu-llama70b"
+FILE_NAME = "llama70b.json"
+OSL = 256
+LIMITS = Limits(max_batch_size=32, max_num_tokens=4096, max_seq_len=4352, kv_fraction=0.92)
+TUNED = replace(LIMITS, max_batch_size=64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One configuration of the table. `cells` are the ones it is about, most important first."""
+
+    label: str
+    precision: str
+    cells: tuple[str, ...]
+    kv: str = "full"
+    kv_dtype: DType | None = None
+    limits: Limits = LIMITS
+
+
+ROWS: dict[str, Row] = {
+    "int8": Row(
+        label="INT8",
+        precision="int8",
+        cells=("c1-isl512", "c32-isl512", "c1-isl4096", "c8-isl512", "c32-isl4096", "c8-isl4096"),
+    ),
+    "int8-h2o": Row(
+        label="INT8 + H2O 50% + tuned batching",
+        precision="int8",
+        kv="h2o:50%",
+        limits=TUNED,
+        cells=("c32-isl512", "c32-isl4096", "c64-isl512", "c1-isl4096", "c1-isl512", "c8-isl4096", "c8-isl512"),
+    ),
+    "fp8": Row(
+        label="FP8",
+        precision="fp8-rowwise",
+        cells=("c1-isl4096", "c32-isl512", "c1-isl512", "c8-isl512", "c32-isl4096", "c8-isl4096"),
+    ),
+    "int8-kv8": Row(
+        label="INT8 + FP8 KV",
+        precision="int8",
+        kv_dtype=DType.FP8,
+        cells=("c32-isl4096", "c32-isl512", "c1-isl512", "c1-isl4096", "c8-isl512", "c8-isl4096"),
+    ),
+    "int8-tuned": Row(
+        label="INT8 + tuned batching",
+        precision="int8",
+        limits=TUNED,
+        cells=("c64-isl512", "c32-isl4096", "c32-isl512"),
+    ),
+    "fp16": Row(
+        label="FP16",
+        precision="fp16",
+        cells=("c1-isl512", "c32-isl512", "c1-isl4096", "c8-isl512", "c8-isl4096"),
+    ),
+}
+CORE_ROWS = ("int8",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """The real size, or a rehearsal's: model, lengths by name, concurrency by name."""
+
+    model: ModelSpec
+    isl: Mapping[str, int]
+    concurrency: Mapping[str, int]
+    osl: int
+    gpu: str
+    rehearsal: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """What the file holds. A rehearsal proves that the code runs; its numbers mean nothing and are never rendered."""
+
+    rehearsal: bool
+    gpu: str
+    rows: tuple[RowOutcome, ...] = ()
+
+
+def real_scale(gpu: str) -> Scale:
+    return Scale(
+        model=model_preset("llama-3-70b"),
+        isl={"isl512": 512, "isl4096": 4096},
+        concurrency={f"c{n}": n for n in (1, 8, 32, 64)},
+        osl=OSL,
+        gpu=gpu,
+        rehearsal=False,
+    )
+
+
+def rehearsal_scale() -> Scale:
+    """Two layers, four query heads for each KV head, and lengths at which H2O still evicts."""
+    model = ModelSpec(
+        name="llama-3-70b-rehearsal",
+        architecture="LlamaForCausalLM",
+        num_layers=2,
+        hidden_size=64,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        vocab_size=512,
+        max_position_embeddings=512,
+        bos_id=1,
+        eos_ids=(2,),
+    )
+    return Scale(
+        model=model,
+        isl={"isl512": 32, "isl4096": 96},
+        concurrency={"c1": 1, "c8": 2, "c32": 3, "c64": 4},
+        osl=24,
+        gpu="cpu",
+        rehearsal=True,
+    )
+
+
+def plan_of(key: str, scale: Scale) -> BuildPlan:
+    """The build plan of one row."""
+    row = ROWS[key]
+    compute = DType.FP32 if scale.rehearsal else None
+    quant = quant_for("fp32" if scale.rehearsal and row.precision == "fp16" else row.precision, compute=compute)
+    limits = row.limits
+    if scale.rehearsal:
+        longest = max(scale.isl.values()) + scale.osl
+        limits = Limits(
+            max_batch_size=4, max_num_tokens=64, max_seq_len=longest, tokens_per_block=8, kv_memory_bytes=4 << 20
+        )
+    return BuildPlan(
+        name=f"{scale.model.name}-{key}",
+        model=scale.model,
+        model_source="random",
+        gpu=scale.gpu,
+        quant=quant if row.kv_dtype is None else quant.with_kv(row.kv_dtype),
+        kv=parse_kv_policy(row.kv),
+        limits=limits,
+        load_format="dummy",
+    )
+
+
+def cell_plan(name: str, scale: Scale) -> CellPlan:
+    """One round of requests a repeat: with the same number in flight as asked, every request sees the full batch.
+
+    Three repeats give an interval; the largest cell, a minute each, is run once.
+    """
+    load, _, length = name.partition("-")
+    if load not in scale.concurrency or length not in scale.isl:
+        known = ", ".join(sorted({cell for row in ROWS.values() for cell in row.cells}))
+        raise UsageError(f"unknown cell {name!r}: there are {known}")
+    count = scale.concurrency[load]
+    tokens = count * scale.isl[length]
+    repeats = 1 if scale.rehearsal or tokens > 64 * 1024 else 2 if tokens > 16 * 1024 and count != 32 else 3
+    workload = Workload(isl=scale.isl[length], osl=scale.osl, num_requests=count, concurrency=count)
+    return CellPlan(name=name, workload=workload, repeats=repeats, warmup=min(count, 2))
+
+
+def detect_gpu() -> str:
+    """The catalog's name of the first GPU.
+
+    Raises:
+        UsageError: none, or one the catalog does not know.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+    except Exception as error:  # noqa: BLE001 - no library, no driver, no device: the answer is the same
+        raise UsageError(f"no NVIDIA GPU here ({error}); --rehearse runs on a CPU, --gpu names one") from None
+    return gpu_spec(gpu_word(name if isinstance(name, str) else name.decode())).name
+
+
+def limits_from(path: Path | None, gpu: str) -> Mapping[str, Measured]:
+    """Ceilings that the probe measured, if its file is there; else measured now, which takes some seconds."""
+    from bench.gpu.summary import probe_limits
+    from trtkit.benchmark.machine import measured_limits
+
+    found = probe_limits(path) if path is not None else {}
+    return found or ({} if gpu == "cpu" else measured_limits("cuda"))
+
+
+def default_rows(scale: Scale) -> list[str]:
+    """Every row whose weights and one longest request fit, FP16 first where it does: that is an H200's own row."""
+    wide = [key for key in ("fp16",) if fits(plan_of(key, scale)) and not scale.rehearsal]
+    return [CORE_ROWS[0], *wide, *(key for key in ROWS if key not in (*CORE_ROWS, "fp16"))]
+
+
+class Writer:
+    """Keeps the file up to date after every cell, beside the rows of earlier calls."""
+
+    def __init__(self, path: Path, scale: Scale) -> None:
+        self._path = path
+        self.record = Record(rehearsal=scale.rehearsal, gpu=scale.gpu)
+        if path.is_file():
+            earlier = read_record(path, KIND, Record)
+            if (earlier.rehearsal, earlier.gpu) != (scale.rehearsal, scale.gpu):
+                raise InputError(f"{path}: holds rows of {earlier.gpu}; give another directory")
+            self.record = earlier
+        self._before = self.record.rows
+
+    def saved(self, row: RowOutcome) -> None:
+        """Write the row as it is now."""
+        seen = [cell.result.memory for cell in row.cells if cell.result is not None]
+        peak = max(seen, key=lambda memory: memory.peak_bytes or 0, default=None)
+        row = replace(row, memory=memory_rows(row.plan, row.info, peak))
+        kept = tuple(other for other in self.record.rows if other.row != row.row or other in self._before)
+        self.record = replace(self.record, rows=(*kept, row))
+        write_record(self._path, KIND, self.record)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One call of this script."""
+
+    out: Path
+    scale: Scale
+    rows: Sequence[str]
+    cells: Sequence[str] | None
+    limits: Mapping[str, Measured]
+    time_limit_s: float
+    opener: str = DEFAULT_OPENER
+    say: Callable[[str], None] = field(default=print)
+
+
+def run(job: Job) -> Record:
+    """Every row that fits, in order; what is left when the time is over is recorded as not run."""
+    deadline_s = time.monotonic() + job.time_limit_s
+    job.out.mkdir(parents=True, exist_ok=True)
+    writer = Writer(job.out / FILE_NAME, job.scale)
+    price = load_prices().find(job.scale.gpu)
+    with tempfile.TemporaryDirectory(prefix="trtkit-gpu-") as work:
+        for key in job.rows:
+            plan = plan_of(key, job.scale)
+            if not fits(plan):
+                job.say(f"{ROWS[key].label}: does not fit {job.scale.gpu}")
+                continue
+            sweep = Sweep(
+                work_dir=Path(work),
+                limits=job.limits,
+                deadline_s=deadline_s,
+                saved=writer.saved,
+                usd_per_hour=price.usd_per_gpu_h if price else None,
+                opener=job.opener,
+                say=job.say,
+                rehearsal=job.scale.rehearsal,
+            )
+            names = [name for name in ROWS[key].cells if job.cells is None or name in job.cells]
+            if names:
+                run_row(key, ROWS[key].label, plan, [cell_plan(name, job.scale) for name in names], sweep)
+    return writer.record
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help=f"directory for {FILE_NAME}")
+    parser.add_argument("--rows", help=f"of {', '.join(ROWS)}; default: all that fit")
+    parser.add_argument("--skip", default="", help="rows to leave out of the default ones")
+    parser.add_argument("--cells", help="such as c1-isl512,c32-isl4096; default: each row's own")
+    parser.add_argument("--gpu", help="catalog name; default: the first GPU's")
+    parser.add_argument("--probe", type=Path, help="the probe's record, for measured ceilings")
+    parser.add_argument("--time-limit-s", type=float, default=600.0)
+    parser.add_argument("--rehearse", action="store_true", help="tiny shape on the CPU, no rates")
+    args = parser.parse_args()
+    # A polite end: the child goes with us, and what is finished is written already.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        scale = rehearsal_scale() if args.rehearse else real_scale(args.gpu or detect_gpu())
+        skipped = args.skip.split(",") if args.skip else []
+        rows = args.rows.split(",") if args.rows else [key for key in default_rows(scale) if key not in skipped]
+        unknown = [key for key in (*rows, *skipped) if key not in ROWS]
+        if unknown:
+            raise UsageError(f"unknown row {unknown[0]!r}: there are {', '.join(ROWS)}")
+        with tempfile.TemporaryDirectory(prefix="trtkit-path-") as metadata:
+            sources.use(Path(metadata))
+            job = Job(
+                out=args.out,
+                scale=scale,
+                rows=rows,
+                cells=args.cells.split(",") if args.cells else None,
+                limits={} if scale.rehearsal else limits_from(args.probe, scale.gpu),
+                time_limit_s=args.time_limit_s,
+                say=lambda text: print(text, flush=True),
+            )
+            record = run(job)
+    except TrtkitError as error:
+        print(f"llama70b: {error}", file=sys.stderr)
+        return error.exit_code
+    done = sum(cell.result is not None for row in record.rows for cell in row.cells)
+    print(f"{done} cells measured{' in rehearsal' if record.rehearsal else ''}; {args.out / FILE_NAME}")
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call and inside a time limit, most important first.
+#
+#   bash bench/gpu/one_call.sh OUT_DIR [--limit-s 540] [--stages probe,selfcheck,kernels,core,h2o,more,peers] [--rehearse]
+#
+# Needs python3 with torch and triton on a CUDA machine, nothing installed from this project. Each stage gets a share of
+# what time is left and is ended when it is over; records are written as they come, so a killed call leaves what was done.
+# OUT_DIR gets at most eight flat files: probe.json selfcheck.json kernels.json llama70b.json h2o.json peers.json
+# summary.txt one_call.log. --rehearse runs the same stages on a CPU with tiny shapes and gives no rates.
+# Exit: 0 if every asked stage left its record, and INT8 its first cell where "core" was asked; 1 otherwise.
+set -u -o pipefail
+
+usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
+
+out="" limit_s=540 rehearse="" stages="probe,selfcheck,kernels,core,h2o,more,peers"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --limit-s) [ $# -ge 2 ] || usage; limit_s="$2"; shift 2 ;;
+    --stages) [ $# -ge 2 ] || usage; stages="$2"; shift 2 ;;
+    --rehearse) rehearse="--rehearse"; shift ;;
+    -*) usage ;;
+    *) [ -z "$out" ] || usage; out="$1"; shift ;;
+  esac
+done
+[ -n "$out" ] || usage
+case "$limit_s" in "" | *[!0-9]*) echo "one_call.sh: --limit-s is '$limit_s', expected whole seconds" >&2; exit 2 ;; esac
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+mkdir -p "$out" || exit 2
+out="$(cd "$out" && pwd)"
+log="$out/one_call.log"
+scratch="$(mktemp -d)"
+child=""
+end_child() { if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; child=""; fi; }
+finish() {
+  end_child
+  python3 "$here/summary.py" "$out" --stages "$stages" | tee "$out/summary.txt"
+  status=${PIPESTATUS[0]}
+  rm -rf "$scratch"
+  exit "$status"
+}
+trap finish TERM INT
+
+PYTHONPATH="$(python3 "$here/sources.py" "$scratch/path")" || exit 2
+export PYTHONPATH
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
+
+# How the time left is shared among the stages still to come.
+weight_of() {
+  case "$1" in
+    probe) echo 9 ;; selfcheck) echo 7 ;; kernels) echo 10 ;; core) echo 42 ;; h2o) echo 18 ;; more) echo 14 ;;
+    peers) echo 12 ;; *) echo 0 ;;
+  esac
+}
+command_of() {
+  case "$1" in
+    probe) command=("$here/probe.py" --out "$out/probe.json") ;;
+    selfcheck) command=("$here/selfcheck.py" --out "$out/selfcheck.json") ;;
+    kernels) command=("$here/kernels.py" --out "$out/kernels.json") ;;
+    core) command=("$here/llama70b.py" --out "$out" --probe "$out/probe.json" --rows int8) ;;
+    h2o) command=("$here/h2o.py" --out "$out/h2o.json") ;;
+    more) command=("$here/llama70b.py" --out "$out" --probe "$out/probe.json" --skip int8) ;;
+    peers) command=("$here/peers/run.py" --out "$out/peers.json") ;;
+  esac
+}
+
+IFS=, read -r -a asked <<<"$stages"
+for stage in "${asked[@]}"; do
+  [ "$(weight_of "$stage")" -gt 0 ] || { echo "one_call.sh: unknown stage '$stage'" >&2; exit 2; }
+done
+
+: >"$log"
+SECONDS=0
+for index in "${!asked[@]}"; do
+  stage="${asked[$index]}"
+  total=0
+  for later in "${asked[@]:$index}"; do total=$((total + $(weight_of "$later"))); done
+  left=$((limit_s - SECONDS - 5))
+  share=$((left * $(weight_of "$stage") / total))
+  if [ "$share" -lt 5 ]; then
+    echo "== $stage: not begun, $left s left" | tee -a "$log"
+    continue
+  fi
+  echo "== $stage: at most $share s" | tee -a "$log"
+  inner=$((share > 20 ? share - 8 : share))
+  command_of "$stage"
+  timeout --signal=TERM --kill-after=8 "$share" python3 "${command[@]}" --time-limit-s "$inner" $rehearse \
+    >>"$log" 2>&1 &
+  child=$!
+  wait "$child"
+  status=$?
+  child=""
+  echo "== $stage: exit $status after $SECONDS s" | tee -a "$log"
+done
+finish

@@ -1,0 +1,247 @@
+"""Records of a GPU run as a short table for a terminal, and as Markdown for docs/gpu.md. No measuring, little arithmetic.
+
+    python3 bench/gpu/summary.py OUT_DIR [--stages core,h2o]
+
+Shares are floors over measured times: of this machine's measured ceilings, and of the datasheet. A rehearsal's record is
+named and its numbers are left out. Exit 0 if every asked stage left its record and, where "core" was asked, the first cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from trtkit.spec.codec import from_plain
+from trtkit.spec.errors import InputError
+from trtkit.spec.limits import READ_BYTES_S, matmul_key
+from trtkit.spec.measured import Measured
+from trtkit.spec.units import GB, GIB
+
+MOST_LINES = 60
+STAGE_FILES = {
+    "probe": "probe.json",
+    "selfcheck": "selfcheck.json",
+    "kernels": "kernels.json",
+    "core": "llama70b.json",
+    "h2o": "h2o.json",
+    "more": "llama70b.json",
+    "peers": "peers.json",
+}
+FIRST_CELL = ("int8", "c1-isl512")
+_DASH = "-"
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """A record's content, None where there is none or it is damaged (a killed writer leaves the one before)."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(body, dict):
+        return None
+    data = body.get("data", body)
+    return data if isinstance(data, dict) else None
+
+
+def cells_of(record: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Each row with each of its cells."""
+    for row in record.get("rows", ()):
+        for cell in row.get("cells", ()):
+            yield row, cell
+
+
+def stat(cell: Mapping[str, Any], key: str, name: str = "p50") -> float | None:
+    """One statistic of a cell's metric."""
+    result = cell.get("result") or {}
+    return ((result.get("metrics") or {}).get(key, {}).get("stats", {}).get(name) or {}).get("value")
+
+
+def spread(cell: Mapping[str, Any], key: str, name: str = "p50") -> str:
+    """Lowest to highest of the repeats, empty below two."""
+    result = cell.get("result") or {}
+    found = (result.get("metrics") or {}).get(key, {}).get("stats", {}).get(name) or {}
+    repeats = found.get("repeats") or []
+    return f"{min(repeats):.4g}-{max(repeats):.4g}" if len(repeats) > 1 else ""
+
+
+def number(cell: Mapping[str, Any], which: str, key: str) -> float | None:
+    """One of a floor's or a prediction's numbers."""
+    return (((cell.get(which) or {}).get(key)) or {}).get("value")
+
+
+def share(cell: Mapping[str, Any], which: str, key: str, measured: float | None) -> float | None:
+    """Floor over measured time; 1 is the limit."""
+    least = number(cell, which, key)
+    return least / measured if least and measured else None
+
+
+def peak(cell: Mapping[str, Any], name: str) -> int | None:
+    """Largest value of a pool counter over the repeats."""
+    repeats = ((cell.get("result") or {}).get("repeats")) or []
+    return max((repeat["kv"][name] for repeat in repeats), default=None)
+
+
+def text(value: float | None, form: str = ".1f") -> str:
+    """A number or a dash."""
+    return _DASH if value is None else format(value, form)
+
+
+def percent(value: float | None) -> str:
+    """A share or a dash."""
+    return _DASH if value is None else f"{value:.0%}"
+
+
+def cell_values(cell: Mapping[str, Any]) -> dict[str, str]:
+    """One cell's columns, as text. TTFT is held against its floor only where the request was alone."""
+    result = cell["result"]
+    ttft, step, tps = stat(cell, "ttft_ms"), stat(cell, "itl_ms"), stat(cell, "tps", "value")
+    memory, price = result["memory"], cell.get("usd_per_million") or {}
+    evicted = sum(repeat["kv"]["tokens_evicted"] for repeat in result["repeats"])
+    return {
+        "TTFT ms": text(ttft, ".0f"),
+        "of ceiling": percent(share(cell, "floor_measured", "ttft_ms", ttft)),
+        "TPOT ms": text(stat(cell, "tpot_ms"), ".2f"),
+        "step ms": text(step, ".2f"),
+        "repeats": spread(cell, "itl_ms") or _DASH,
+        "floor ms": text(number(cell, "floor_measured", "step_ms"), ".2f"),
+        "step of ceiling": percent(share(cell, "floor_measured", "step_ms", step)),
+        "of datasheet": percent(share(cell, "floor_datasheet", "step_ms", step)),
+        "predicted ms": text(number(cell, "prediction", "step_ms"), ".2f"),
+        "tok/s": text(tps, ",.0f"),
+        "USD/1M": text(price.get("value"), ".2f"),
+        "in flight": text(peak(cell, "requests_peak"), "d"),
+        "evicted": text(evicted, ",d"),
+        "VRAM GiB": text(memory["peak_bytes"] / GIB if memory["peak_bytes"] else None, ".1f"),
+        "valid": "yes" if result["valid"] else "NO",
+    }
+
+
+def problem(cell: Mapping[str, Any]) -> str:
+    """Why a cell has no valid number; empty if it has one."""
+    if cell.get("not_run"):
+        return f"not run: {cell['not_run']}"
+    result = cell.get("result")
+    if result and not result["valid"]:
+        failed = next(check for check in result["checks"] if check["status"] == "fail")
+        return f"invalid: {failed['name']}: {failed['detail']}"
+    return ""
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns padded to their widest cell."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+_SHORT = ("TTFT ms", "TPOT ms", "step ms", "floor ms", "step of ceiling", "tok/s", "in flight", "VRAM GiB", "valid")
+
+
+def llama_lines(record: Mapping[str, Any]) -> list[str]:
+    """The rows of llama70b.json for a terminal."""
+    done = [(row, cell) for row, cell in cells_of(record) if cell.get("result")]
+    lines = [f"llama70b: {record.get('gpu')}, {len(done)} cells"]
+    if record.get("rehearsal"):
+        states = [f"{row['row']} {cell['name']}" for row, cell in done]
+        return [f"llama70b: rehearsal, {len(done)} cells ran, no rates: {', '.join(states)}"[:400], *_problems(record)]
+    if done:
+        table = [["row", "cell", *_SHORT]]
+        table += [[row["row"], cell["name"], *(cell_values(cell)[key] for key in _SHORT)] for row, cell in done]
+        lines += aligned(table)
+    for row in record.get("rows", ()):
+        lines += [f"{row['row']}: {note}"[:160] for note in row.get("notes", ())[:4]]
+        lines += [f"{row['row']}: opened in {row['opened_s']:.0f} s; {memory_line(row)}"] if row.get("opened_s") else []
+        lines += [f"{row['row']}: LOST: {row['lost']}"[:300]] if row.get("lost") else []
+    return lines + _problems(record)
+
+
+def memory_line(row: Mapping[str, Any]) -> str:
+    """Modeled and seen memory of one row in GB."""
+    memory = {name: entry["value"] / GB for name, entry in row.get("memory", {}).items()}
+    parts = [f"{name} {memory[name]:.2f}" for name in ("plan.total", "model.total", "seen.total") if name in memory]
+    return "memory GB: " + ", ".join(parts)
+
+
+def _problems(record: Mapping[str, Any]) -> list[str]:
+    return [f"{row['row']} {cell['name']}: {why}"[:200] for row, cell in cells_of(record) if (why := problem(cell))]
+
+
+def generic_lines(name: str, record: Mapping[str, Any]) -> list[str]:
+    """Any other stage's record: its own short lines if it has some, else how many entries it has."""
+    if record.get("rehearsal"):
+        return [f"{name}: rehearsal, no rates"]
+    lines = record.get("lines") or record.get("table") or []
+    if isinstance(lines, list) and all(isinstance(line, str) for line in lines) and lines:
+        return [f"{name}:", *lines]
+    rows = record.get("rows") or record.get("results") or []
+    return [f"{name}: {len(rows)} entries"]
+
+
+def probe_limits(path: Path) -> Mapping[str, Measured]:
+    """Ceilings from the probe's record under the names of `trtkit.spec.limits`; empty without a real record."""
+    record = load(path)
+    if record is None or record.get("rehearsal"):
+        return {}
+    found = {}
+    for key, entry in (record.get("limits") or {}).items():
+        try:
+            found[key] = from_plain(Measured, entry)
+        except InputError:
+            continue
+    known = (READ_BYTES_S, matmul_key)
+    return found if known[0] in found else {}
+
+
+def lines_of(out: Path, stages: Sequence[str]) -> list[str]:
+    """The whole summary: every asked stage in order, each file once."""
+    lines, told = [], set()
+    for stage in stages:
+        name = STAGE_FILES[stage]
+        if name in told:
+            continue
+        told.add(name)
+        record = load(out / name)
+        if record is None:
+            lines.append(f"{stage}: no record")
+        elif name == STAGE_FILES["core"]:
+            lines += llama_lines(record)
+        else:
+            lines += generic_lines(stage, record)
+    return lines
+
+
+def complete(out: Path, stages: Sequence[str]) -> bool:
+    """Every asked stage left a record, and the core its first cell."""
+    records = {stage: load(out / STAGE_FILES[stage]) for stage in stages if stage != "peers"}
+    if any(record is None for record in records.values()):
+        return False
+    if "core" not in records:
+        return True
+    core = records["core"] or {}
+    return any((row["row"], cell["name"]) == FIRST_CELL and cell.get("result") for row, cell in cells_of(core))
+
+
+def shortened(lines: Sequence[str], most: int = MOST_LINES) -> list[str]:
+    """At most so many lines, and how many were left out."""
+    if len(lines) <= most:
+        return list(lines)
+    return [*lines[: most - 1], f"... {len(lines) - most + 1} more lines are in the records"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--stages", default=",".join(STAGE_FILES))
+    args = parser.parse_args()
+    stages = [stage for stage in args.stages.split(",") if stage in STAGE_FILES]
+    print("\n".join(shortened(lines_of(args.out, stages))))
+    return 0 if complete(args.out, stages) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

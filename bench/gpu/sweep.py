@@ -1,0 +1,282 @@
+"""Cells of one engine, most important first, inside a time limit: trtkit's own protocol, nothing measured differently.
+
+The engine is opened once per configuration (making 73 GB of weights costs more than a cell) in a child process; driver,
+statistics, checks, memory sampling and records are `trtkit.benchmark`'s. A cell that would not end in time is not begun
+and says so.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from bench.gpu.forecast import Numbers, cell_numbers, cell_seconds
+from trtkit.audit.records import check_result
+from trtkit.backends.remote import DEFAULT_OPENER, RemoteEngine, Timeouts
+from trtkit.benchmark.cells import Cell
+from trtkit.benchmark.clocks import ClockSampler, clock_check, clock_gauge
+from trtkit.benchmark.driver import run_repeat
+from trtkit.benchmark.environment import fingerprint
+from trtkit.benchmark.memory import PeakSampler, gauge_for, nvml_baseline, split
+from trtkit.benchmark.prompts import build_prompts
+from trtkit.benchmark.run import assemble, judged
+from trtkit.benchmark.targets import Target, open_targets
+from trtkit.spec.bundle import Manifest, write_manifest
+from trtkit.spec.engine import EngineInfo, Request
+from trtkit.spec.errors import TrtkitError
+from trtkit.spec.kv import KVFidelity
+from trtkit.spec.measured import Measured
+from trtkit.spec.plan import BuildPlan
+from trtkit.spec.result import BenchResult, Check, Environment, Repeat
+from trtkit.spec.workload import Workload
+
+PROTOCOL = "gpu-llama70b"
+MARGIN_S = 5.0
+"""What is kept of the time limit for closing the engine and writing."""
+_FIRST_GUESS = 1.5
+"""A cell is taken to last this much longer than predicted until one has been measured."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellPlan:
+    """One cell to run. `warmup` requests of `warmup_osl` tokens go first; the engine's graphs are captured at opening."""
+
+    name: str
+    workload: Workload
+    repeats: int
+    warmup: int = 1
+    warmup_osl: int = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CellOutcome:
+    """One cell with its limits: `floor_measured` from ceilings measured on this machine (modeled), `floor_datasheet`,
+    and `prediction`, made before it ran. `result` is None where it was not run; `not_run` says why.
+    """
+
+    name: str
+    workload: Workload
+    floor_measured: Numbers | None
+    floor_datasheet: Numbers | None
+    prediction: Numbers | None
+    seconds: float | None = None
+    result: BenchResult | None = None
+    usd_per_million: Measured | None = None
+    not_run: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowOutcome:
+    """One configuration: how long it took to open, what it holds, what the engine says of itself, and its cells."""
+
+    row: str
+    label: str
+    plan: BuildPlan
+    environment: Environment
+    opened_s: float | None = None
+    info: EngineInfo | None = None
+    notes: tuple[str, ...] = ()
+    memory: Mapping[str, Measured] = field(default_factory=dict)
+    cells: tuple[CellOutcome, ...] = ()
+    lost: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What a row's cells need. `deadline_s` is on `time.monotonic`; `saved` is called whenever there is something new."""
+
+    work_dir: Path
+    limits: Mapping[str, Measured]
+    deadline_s: float
+    saved: Callable[[RowOutcome], None]
+    usd_per_hour: float | None = None
+    opener: str = DEFAULT_OPENER
+    command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
+    say: Callable[[str], None] = print
+    rehearsal: bool = False
+
+    def left_s(self) -> float:
+        """Seconds until the limit."""
+        return self.deadline_s - time.monotonic()
+
+
+def dummy_bundle(directory: Path, plan: BuildPlan) -> Path:
+    """An engine directory without weights: opening it makes random ones of the plan's shape."""
+    path = directory / f"{plan.name}.engine"
+    path.mkdir(parents=True, exist_ok=True)
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_manifest(path, Manifest(plan=plan, fidelity=KVFidelity.EXACT, versions={}, files={}, created_utc=now))
+    return path
+
+
+def run_row(row: str, label: str, plan: BuildPlan, cells: Sequence[CellPlan], sweep: Sweep) -> RowOutcome:
+    """Open one configuration and run its cells while time is left; whatever fails is in the outcome, nothing is raised."""
+    (target,) = open_targets([dummy_bundle(sweep.work_dir, plan)])
+    environment = fingerprint(device=target.device, command=sweep.command, limits=sweep.limits)
+    outcome = RowOutcome(row=row, label=label, plan=plan, environment=environment)
+    baseline = nvml_baseline() if target.device.startswith("cuda") else None
+    started = time.monotonic()
+    left = max(sweep.left_s() - MARGIN_S, 1.0)
+    try:
+        timeouts = Timeouts(start_s=left, stall_s=left, close_s=10.0)
+        engine = RemoteEngine(target.path, opener=sweep.opener, timeouts=timeouts)
+    except TrtkitError as error:
+        outcome = replace(outcome, lost=str(error), cells=not_run(plan, cells, sweep, "the engine did not open"))
+        sweep.saved(outcome)
+        return outcome
+    opened_s = time.monotonic() - started
+    notes = tuple(getattr(engine.info, "notes", ()))
+    outcome = replace(outcome, opened_s=opened_s, info=engine.info, notes=notes)
+    sweep.say(f"{label}: opened in {opened_s:.1f} s")
+    with engine:
+        return _Runner(engine, target, outcome, baseline, sweep).run(cells)
+
+
+def not_run(plan: BuildPlan, cells: Sequence[CellPlan], sweep: Sweep, reason: str) -> tuple[CellOutcome, ...]:
+    """Cells that were not run, with their floors and predictions."""
+    return tuple(replace(_planned(plan, cell, sweep), not_run=reason) for cell in cells)
+
+
+def _planned(plan: BuildPlan, cell: CellPlan, sweep: Sweep, batch: int | None = None) -> CellOutcome:
+    measured, datasheet, predicted = cell_numbers(plan, cell.workload, sweep.limits, batch)
+    return CellOutcome(
+        name=cell.name,
+        workload=cell.workload,
+        floor_measured=measured,
+        floor_datasheet=datasheet,
+        prediction=predicted,
+    )
+
+
+class _Runner:
+    """An open engine, and how much slower than predicted it has been."""
+
+    def __init__(
+        self,
+        engine: RemoteEngine,
+        target: Target,
+        outcome: RowOutcome,
+        baseline: tuple[object, dict[int, int]] | None,
+        sweep: Sweep,
+    ) -> None:
+        self._engine = engine
+        self._target = target
+        self._outcome = outcome
+        self._sweep = sweep
+        self._gauge = gauge_for(engine.info, baseline)
+        self._clocks = clock_gauge(baseline)
+        self._slowness = _FIRST_GUESS
+
+    def run(self, cells: Sequence[CellPlan]) -> RowOutcome:
+        waiting = list(cells)
+        while waiting:
+            cell = waiting.pop(0)
+            done = self._cell(cell)
+            self._add(done)
+            if done.not_run and done.not_run.startswith("engine"):
+                self._outcome = replace(self._outcome, lost=done.not_run)
+                for outcome in not_run(self._target.plan, waiting, self._sweep, "the engine was lost before it"):
+                    self._add(outcome)
+                break
+        return self._outcome
+
+    def _add(self, outcome: CellOutcome) -> None:
+        self._outcome = replace(self._outcome, cells=(*self._outcome.cells, outcome))
+        self._sweep.saved(self._outcome)
+
+    def _cell(self, cell: CellPlan) -> CellOutcome:
+        plan, sweep = self._target.plan, self._sweep
+        planned = _planned(plan, cell, sweep)
+        predicted_s = cell_seconds(plan, cell.workload, planned.prediction, cell.repeats, cell.warmup)
+        needed_s = predicted_s * self._slowness
+        if needed_s > sweep.left_s() - MARGIN_S:
+            reason = f"would take about {needed_s:.0f} s, {max(sweep.left_s(), 0):.0f} s were left"
+            sweep.say(f"  {cell.name}: not run: {reason}")
+            return replace(planned, not_run=reason)
+        started = time.monotonic()
+        try:
+            result = self._measure(cell)
+        except TrtkitError as error:
+            sweep.say(f"  {cell.name}: {error}")
+            return replace(planned, not_run=f"engine: {error}")
+        seconds = time.monotonic() - started
+        if predicted_s > 0:
+            self._slowness = max(1.1 * seconds / predicted_s, 0.5)
+        running = max((repeat.kv.requests_peak for repeat in result.repeats), default=0)
+        planned = _planned(plan, cell, sweep, running or None)
+        told = one_line(result, rates=not sweep.rehearsal)
+        sweep.say(f"  {cell.name}: {told} ({seconds:.0f} s)")
+        return replace(planned, seconds=seconds, result=result, usd_per_million=price(result, sweep.usd_per_hour))
+
+    def _measure(self, cell: CellPlan) -> BenchResult:
+        target = self._target
+        prompts = build_prompts(
+            cell.workload, target.plan.model, target.tokenizer_dir, repeats=cell.repeats, warmup=cell.warmup
+        )
+        with PeakSampler(self._gauge) as sampler, ClockSampler(self._clocks) as clocks:
+            warm = replace(cell.workload, osl=min(cell.warmup_osl, cell.workload.osl), concurrency=cell.warmup)
+            warmup = run_repeat(self._engine, _requests("w", prompts.warmup, warm), warm)
+            repeats: list[Repeat] = []
+            for index, arrays in enumerate(prompts.repeats):
+                requests = _requests(f"r{index}-", arrays, cell.workload)
+                repeats.append(run_repeat(self._engine, requests, cell.workload, index=index))
+        repeats[0] = replace(repeats[0], warmup_requests=cell.warmup)
+        method = self._gauge.method if self._gauge else "none"
+        memory = split(self._engine.info, [r.kv for r in (warmup, *repeats)], sampler.peak_bytes, method)
+        where = Cell(target=target, workload=cell.workload, path=Path(cell.name))
+        result = assemble(where, tuple(repeats), self._outcome.environment, PROTOCOL)
+        reports = clocks.reports()
+        extra: tuple[Check, ...] = (clock_check(reports),) if reports else ()
+        return judged(replace(result, memory=memory, checks=(*result.checks, *extra)), check_result)
+
+
+def _requests(prefix: str, prompts: Sequence, workload: Workload) -> list[Request]:
+    return [
+        Request(
+            request_id=f"{prefix}{number}",
+            prompt_ids=tuple(prompt.tolist()),
+            max_tokens=workload.osl,
+            ignore_eos=workload.ignore_eos,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def value(result: BenchResult, key: str, stat: str = "p50") -> float | None:
+    """One statistic of one metric; None where there is none."""
+    metric = result.metrics.get(key)
+    found = None if metric is None else metric.stats.get(stat)
+    return None if found is None else found.value
+
+
+def price(result: BenchResult, usd_per_hour: float | None) -> Measured | None:
+    """USD per million output tokens at this cell's throughput; None for an invalid cell or an unknown price."""
+    from trtkit.plan.cost import cost_of
+
+    metric = result.metrics.get("tps")
+    if not result.valid or usd_per_hour is None or metric is None:
+        return None
+    stat = metric.stats["value"]
+    rate = Measured(value=stat.value, unit=metric.unit, source=metric.source, low=stat.low, high=stat.high)
+    return cost_of(rate, usd_per_hour)
+
+
+def one_line(result: BenchResult, *, rates: bool = True) -> str:
+    """The cell in a few words; a rehearsal has no rates to tell."""
+    parts = [] if rates else [f"{sum(s.output_tokens for r in result.repeats for s in r.samples)} tokens"]
+    for key, stat, text in (
+        ("ttft_ms", "p50", "TTFT {:.0f} ms"),
+        ("tpot_ms", "p50", "TPOT {:.2f} ms"),
+        ("itl_ms", "p50", "step {:.2f} ms"),
+        ("tps", "value", "{:.1f} tok/s"),
+    ):
+        found = value(result, key, stat) if rates else None
+        if found is not None:
+            parts.append(text.format(found))
+    if not result.valid:
+        reason = next(check for check in result.checks if check.status == "fail")
+        parts.append(f"INVALID: {reason.name}: {reason.detail}")
+    return ", ".join(parts) or "nothing measured"

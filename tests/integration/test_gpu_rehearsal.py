@@ -1,0 +1,185 @@
+"""What runs on a GPU box, run here: the scripted engine for what can go wrong, the real one for the rehearsal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import forecast, llama70b, memory, sources, summary
+from trtkit.spec.codec import read_record
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import InputError, UsageError
+from trtkit.spec.limits import READ_BYTES_S, matmul_key
+from trtkit.spec.measured import Measured, Source
+
+ROOT = Path(__file__).parents[2]
+SCRIPTED, DYING = "support.fake_dummy:open_scripted", "support.fake_dummy:open_dying"
+
+
+@pytest.fixture(autouse=True)
+def _child_finds_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [str(ROOT), str(ROOT / "tests"), str(ROOT / "plugins" / "h2o")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(parts))
+
+
+def run(out: Path, *, rows: Sequence[str] = ("int8",), opener: str = SCRIPTED, **changes: object) -> llama70b.Record:
+    job = llama70b.Job(
+        out=out,
+        scale=llama70b.rehearsal_scale(),
+        rows=rows,
+        cells=None,
+        limits={},
+        time_limit_s=60.0,
+        opener=opener,
+        say=lambda _text: None,
+    )
+    return llama70b.run(replace(job, **changes))
+
+
+def test_every_row_runs_its_cells_in_their_order_and_the_file_reads_back(tmp_path: Path) -> None:
+    record = run(tmp_path, rows=list(llama70b.ROWS))
+    assert [row.row for row in record.rows] == list(llama70b.ROWS)
+    for row in record.rows:
+        assert tuple(cell.name for cell in row.cells) == llama70b.ROWS[row.row].cells
+        assert all(cell.result is not None and cell.not_run is None for cell in row.cells)
+    assert read_record(tmp_path / llama70b.FILE_NAME, llama70b.KIND, llama70b.Record) == record
+
+
+def test_raw_samples_are_kept_so_that_every_metric_can_be_recomputed(tmp_path: Path) -> None:
+    (row,) = run(tmp_path).rows
+    for cell in row.cells:
+        for repeat in cell.result.repeats:
+            assert {sample.output_tokens for sample in repeat.samples} == {cell.workload.osl}
+            assert {len(sample.gaps_ns) for sample in repeat.samples} == {cell.workload.osl - 1}
+
+
+def test_cells_that_would_not_end_in_time_are_listed_and_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.gpu.sweep.cell_seconds", lambda *args: 0.0 if args[1].concurrency == 1 else 1e4)
+    (row,) = run(tmp_path).rows
+    ran = {cell.name for cell in row.cells if cell.result is not None}
+    assert ran == {"c1-isl512", "c1-isl4096"}
+    assert all("would take" in cell.not_run for cell in row.cells if cell.name not in ran)
+
+
+def test_an_engine_that_dies_keeps_what_was_measured_and_tells_the_rest(tmp_path: Path) -> None:
+    (row,) = run(tmp_path, opener=DYING).rows
+    assert row.cells[0].result is not None
+    assert row.lost.startswith("engine:")
+    assert len(row.cells) == len(llama70b.ROWS["int8"].cells)
+    assert row.cells[-1].not_run == "the engine was lost before it"
+    on_disk = read_record(tmp_path / llama70b.FILE_NAME, llama70b.KIND, llama70b.Record)
+    assert on_disk.rows == (row,)
+
+
+def test_an_engine_that_never_opens_leaves_its_reason_and_the_next_row_runs(tmp_path: Path) -> None:
+    record = run(tmp_path, rows=["int8", "fp8"], opener="support.fake_dummy:open_nothing")
+    assert [bool(row.lost) for row in record.rows] == [True, True]
+    assert record.rows[1].cells[0].not_run == "the engine did not open"
+
+
+def test_a_second_call_adds_its_rows_to_the_file(tmp_path: Path) -> None:
+    run(tmp_path, rows=["int8"])
+    record = run(tmp_path, rows=["fp8"], cells=["c1-isl512"])
+    assert [row.row for row in record.rows] == ["int8", "fp8"]
+    assert [cell.name for cell in record.rows[1].cells] == ["c1-isl512"]
+
+
+def test_a_rehearsal_and_a_real_run_share_no_file(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match="another directory"):
+        llama70b.Writer(tmp_path / llama70b.FILE_NAME, llama70b.real_scale("h100-sxm"))
+
+
+def test_a_rehearsal_renders_no_number(tmp_path: Path) -> None:
+    run(tmp_path)
+    lines = summary.lines_of(tmp_path, ["core"])
+    assert "rehearsal" in lines[0]
+    assert not [line for line in lines if " ms" in line or "tok/s" in line]
+    assert summary.complete(tmp_path, ["core"])
+    assert not summary.complete(tmp_path, ["core", "h2o"])
+
+
+def test_the_h100_rows_are_those_whose_weights_leave_room_for_a_request() -> None:
+    h100, h200 = llama70b.real_scale("h100-sxm"), llama70b.real_scale("h200")
+    assert "fp16" not in llama70b.default_rows(h100)
+    assert llama70b.default_rows(h200)[:2] == ["int8", "fp16"]
+    assert llama70b.default_rows(h100)[0] == "int8"
+
+
+def test_floors_on_an_h100_are_those_of_bytes_and_operations() -> None:
+    scale = llama70b.real_scale("h100-sxm")
+    plan = llama70b.plan_of("int8", scale)
+    one, long = (llama70b.cell_plan(name, scale).workload for name in ("c1-isl512", "c1-isl4096"))
+    _, sheet, predicted = forecast.cell_numbers(plan, one, {})
+    assert sheet.step_ms.value == pytest.approx(21.1, abs=0.05)
+    assert sheet.step_ms.source is Source.DATASHEET
+    assert predicted.step_ms.source is Source.ASSUMED
+    assert predicted.step_ms.value > sheet.step_ms.value
+    assert forecast.cell_numbers(plan, long, {})[1].ttft_ms.value == pytest.approx(589, abs=1)
+
+
+def test_measured_ceilings_give_a_floor_of_their_own() -> None:
+    scale = llama70b.real_scale("h100-sxm")
+    plan, load = llama70b.plan_of("int8", scale), llama70b.cell_plan("c1-isl512", scale).workload
+    half = {
+        READ_BYTES_S: Measured(value=3.35e12 / 2, unit="B/s", source=Source.MEASURED),
+        matmul_key(DType.BF16): Measured(value=989.4e12, unit="FLOP/s", source=Source.MEASURED),
+    }
+    measured, sheet, _ = forecast.cell_numbers(plan, load, half)
+    assert measured.step_ms.value == pytest.approx(2 * sheet.step_ms.value)
+    assert forecast.cell_numbers(plan, load, {})[0] is None
+
+
+def test_h2o_at_half_the_cache_nearly_doubles_the_long_requests_in_flight() -> None:
+    scale = llama70b.real_scale("h100-sxm")
+    full = memory.most_in_flight(llama70b.plan_of("int8", scale), 4352)
+    half = memory.most_in_flight(llama70b.plan_of("int8-h2o", scale), 4352)
+    assert half / full >= 1.8
+
+
+def test_the_memory_model_adds_up_to_no_more_than_the_device() -> None:
+    for gpu in ("h100-sxm", "h200"):
+        scale = llama70b.real_scale(gpu)
+        for key in llama70b.default_rows(scale):
+            parts = memory.device_model(llama70b.plan_of(key, scale))
+            total = 81559 * 2**20 if gpu == "h100-sxm" else 143771 * 2**20
+            assert sum(parts.values()) <= total
+            assert parts["kv_pool"] > 0
+
+
+def test_unknown_cells_are_refused_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="c1-isl512"):
+        llama70b.cell_plan("c2-isl512", llama70b.rehearsal_scale())
+
+
+def test_the_source_tree_stands_in_for_an_installed_package(tmp_path: Path) -> None:
+    folder = sources.write_metadata(tmp_path) / "trtkit_source-0.dist-info"
+    assert "h2o = trtkit_h2o:H2O" in (folder / "entry_points.txt").read_text()
+    assert "[trtkit.kv_policies]" in (folder / "entry_points.txt").read_text()
+
+
+def test_a_long_summary_is_cut_and_says_so() -> None:
+    lines = summary.shortened([str(number) for number in range(100)])
+    assert len(lines) == summary.MOST_LINES
+    assert "41 more lines" in lines[-1]
+
+
+def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "llama70b.json").write_text('{"data": {"rows": [')
+    assert summary.lines_of(tmp_path, ["core"]) == ["core: no record"]
+
+
+def test_a_rehearsed_probe_gives_no_ceilings(tmp_path: Path) -> None:
+    path = tmp_path / "probe.json"
+    limit = {"value": 3e12, "unit": "B/s", "source": "measured", "low": None, "high": None, "note": ""}
+    path.write_text(json.dumps({"rehearsal": True, "limits": {READ_BYTES_S: limit}}))
+    assert summary.probe_limits(path) == {}
+    path.write_text(json.dumps({"rehearsal": False, "limits": {READ_BYTES_S: limit}}))
+    assert summary.probe_limits(path)[READ_BYTES_S].value == 3e12

@@ -1,0 +1,33 @@
+"""The scripted engine behind a bundle without weights: limits and policy from its plan, time is real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.fake_engine import FakeEngine, FakeScript, RealClock
+
+from trtkit.spec.bundle import open_bundle
+
+
+def open_scripted(path: Path, **_overrides: object) -> FakeEngine:
+    """Opener for a child process."""
+    return FakeEngine(script_of(path), clock=RealClock())
+
+
+def open_dying(path: Path, **_overrides: object) -> FakeEngine:
+    """Dies in its first cell with more than one request in flight."""
+    return FakeEngine(script_of(path, die_at_token=40), clock=RealClock())
+
+
+def script_of(path: Path, **more: object) -> FakeScript:
+    """Quick steps at the plan's limits."""
+    plan = open_bundle(path).manifest.plan
+    return FakeScript(
+        prefill_ns_per_token=1_000,
+        step_ns=200_000,
+        max_batch_size=plan.limits.max_batch_size,
+        max_seq_len=plan.limits.max_seq_len,
+        vocab_size=plan.model.vocab_size,
+        kv=plan.kv.kind,
+        **more,
+    )
