@@ -74,9 +74,8 @@ def test_large_models_are_sharded_with_an_index(tmp_path: Path, monkeypatch: pyt
 def test_verification_catches_scales_that_are_not_applied(tmp_path: Path) -> None:
     model = load_model_spec(TINY)
     tensors = written(tmp_path / "u")
-    assert verify_unified(model, quant_for("int8"), TINY, tmp_path / "u")["drift"] < 0.1
-    for name in [name for name in tensors if name.endswith("o_proj.weight_scale")]:
-        tensors[name] = torch.ones_like(tensors[name])
+    assert verify_unified(model, quant_for("int8"), TINY, tmp_path / "u")["drift"] < 1e-5
+    tensors["model.layers.3.self_attn.o_proj.weight_scale"][7] *= 1.5
     save_file(tensors, tmp_path / "u" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="does not compute"):
         verify_unified(model, quant_for("int8"), TINY, tmp_path / "u")
@@ -91,12 +90,33 @@ def test_modelopts_checkpoint_computes_what_the_source_does_and_keeps_its_config
     output = tmp_path / "u"
     output.mkdir()
     write_quantised(TINY, output, quant, WINDOWS)
-    assert verify_unified(load_model_spec(TINY), quant, TINY, output)["drift"] < limit
+    found = verify_unified(load_model_spec(TINY), quant, TINY, output)
+    assert found["drift"] < 1e-6
+    assert 0 < found["quantisation_drift"] < limit
+    assert 0.5 < found["worst_half_steps"] < 1.1, "rounded to nearest, on its own scales"
     config, source = (json.loads((folder / "config.json").read_text()) for folder in (output, TINY))
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
     assert kept == {key: value for key, value in source.items() if key not in ("dtype", "torch_dtype")}
     quantised = json.loads((output / "hf_quant_config.json").read_text())["quantization"]
     assert quantised["quant_algo"] == quant.algo
+
+
+@pytest.mark.slow
+def test_a_calibrated_checkpoint_with_one_wrong_scale_or_another_rope_base_is_refused(tmp_path: Path) -> None:
+    quant, model = quant_for("int4-awq"), load_model_spec(TINY)
+    write_quantised(TINY, tmp_path, quant, WINDOWS)
+    right = load_file(tmp_path / "model.safetensors")
+    wrong = {name: tensor.clone() for name, tensor in right.items()}
+    wrong["model.layers.1.mlp.up_proj.weight_scale"][5] *= 2
+    save_file(wrong, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight row 5 is .* half steps"):
+        verify_unified(model, quant, TINY, tmp_path)
+    save_file(right, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="does not compute what transformers does"):
+        verify_unified(model, quant, TINY, tmp_path)
 
 
 def test_int4_is_two_rows_to_a_byte_with_the_even_row_low() -> None:

@@ -247,6 +247,7 @@ def test_a_launcher_with_as_many_ranks_as_the_engine_runs_it(quick: pytest.Monke
 
 def test_verification_still_looks_at_what_an_engine_is_built_from(fake: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drifts = build(tmp_path, target="tensorrt", precision="int8", tp=2).manifest.verification
-    assert 0 < drifts["drift"] < verify_module.MAX_QUANTISED_DRIFT
+    assert 0 < drifts["drift"] < verify_module.MAX_DRIFT
     unified = build(tmp_path, target="pytorch", precision="int8", name="u").manifest.verification
-    assert 0 < unified["drift"] < verify_module.MAX_QUANTISED_DRIFT
+    assert unified["drift"] < verify_module.MAX_DRIFT
+    assert unified["quantisation_drift"] > 0
