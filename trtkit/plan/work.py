@@ -15,7 +15,7 @@ from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.dtype import DType
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, QuantSpec
 
 _AWQ_ALGOS = ("W4A16_AWQ", "W4A8_AWQ")
 
@@ -94,10 +94,11 @@ def _scale_bytes(quant: QuantSpec, out_features: int, in_features: int) -> int:
         groups = out_features * -(-in_features // quant.group_size) * compute_bytes
         if quant.algo in _AWQ_ALGOS:
             return groups + in_features * compute_bytes
-        return groups
+        # GPTQ has a zero beside every scale, which is 0 for symmetric weights and stored all the same.
+        return 2 * groups if quant.algo == GPTQ_INT8 else groups
     if quant.weights is DType.INT8 and not quant.is_weight_only:
         return out_features * (DType.FP32.bits // 8)
-    if quant.weights is DType.FP8:
+    if quant.weights is DType.FP8 and quant.algo != FP8_ROWWISE:
         return 2 * DType.FP32.bits // 8
     return 0
 

@@ -15,7 +15,7 @@ from math import prod
 from trtkit.spec.dtype import DType
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import FP8_ROWWISE, QuantSpec
 
 CONFIG_NAME = "config.json"
 VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
@@ -65,6 +65,7 @@ def checkpoint_tensors(
 
     INT8 weight-only in the embedded engine's form stores `weight` as int8 [out, in] and `per_channel_scale` [out] in
     the compute type. With `quant.weights` 16 bits wide and `algo` W8A16 there is no scale: `trtllm-build` quantises.
+    FP8 by rows stores `weight` as float8_e4m3fn [out, in] and `per_channel_scale` [out] in float32.
     With fewer KV heads than ranks, rank r holds KV head r * num_kv_heads // tp.
     """
     parallel = parallel or Parallelism()
@@ -109,5 +110,7 @@ def _linear(
     yield CheckpointTensor(name=f"{prefix}.weight", shape=shape, dtype=quant.weights, group=group)
     if quant.weights is DType.INT8 and quant.is_weight_only:
         yield CheckpointTensor(name=f"{prefix}.per_channel_scale", shape=shape[:1], dtype=quant.compute, group=group)
+    if quant.algo == FP8_ROWWISE and quant.weights is DType.FP8:
+        yield CheckpointTensor(name=f"{prefix}.per_channel_scale", shape=shape[:1], dtype=DType.FP32, group=group)
     if bias:
         yield CheckpointTensor(name=f"{prefix}.bias", shape=shape[:1], dtype=quant.compute, group=group)

@@ -18,7 +18,7 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.model import ModelSpec, RopeSpec
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.quant import PRECISIONS, QuantSpec
+from trtkit.spec.quant import GPTQ_INT8, PRECISIONS, QuantSpec
 
 EXTRA_KEY = "trtkit"
 _QWEN_TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
@@ -100,8 +100,8 @@ def _quantization(quant: QuantSpec) -> dict[str, Any]:
         "smoothquant_val": 0.5,
         "clamp_val": None,
         "use_meta_recipe": False,
-        "has_zero_point": False,
-        "pre_quant_scale": False,
+        "has_zero_point": quant.algo == GPTQ_INT8,
+        "pre_quant_scale": quant.algo == "W4A16_AWQ",
         "exclude_modules": None,
     }
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UsageError
 
+FP8_ROWWISE = "FP8_PER_CHANNEL_PER_TOKEN"
+GPTQ_INT8 = "W8A16_GPTQ"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantSpec:
@@ -58,10 +61,10 @@ PRECISIONS: dict[str, QuantSpec] = {
     "fp16": _plain(DType.FP16),
     "bf16": _plain(DType.BF16),
     "int8": _quantised("int8", "W8A16", DType.INT8, DType.FP16),
-    "int8-gptq": _quantised("int8-gptq", "W8A16_GPTQ", DType.INT8, DType.FP16, group_size=128),
-    "int8-sq": _quantised("int8-sq", "W8A8_SQ_PER_CHANNEL_PER_TOKEN_PLUGIN", DType.INT8, DType.INT8),
+    "int8-gptq": _quantised("int8-gptq", GPTQ_INT8, DType.INT8, DType.FP16, group_size=128),
+    "int8-sq": _quantised("int8-sq", "W8A8_SQ_PER_CHANNEL", DType.INT8, DType.INT8),
     "fp8": _quantised("fp8", "FP8", DType.FP8, DType.FP8),
-    "fp8-rowwise": _quantised("fp8-rowwise", "FP8_PER_CHANNEL_PER_TOKEN", DType.FP8, DType.FP8, compute=DType.BF16),
+    "fp8-rowwise": _quantised("fp8-rowwise", FP8_ROWWISE, DType.FP8, DType.FP8, compute=DType.BF16),
     "int4-awq": _quantised("int4-awq", "W4A16_AWQ", DType.INT4, DType.FP16, group_size=128),
 }
 
