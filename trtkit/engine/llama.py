@@ -69,8 +69,7 @@ def _project(
         q_THD.copy_(rms_norm(q_THD, layer.q_norm, model.norm_epsilon))
         k_THD.copy_(rms_norm(k_THD, layer.k_norm, model.norm_epsilon))
     rotate_(qkv[:, : -model.num_kv_heads], *cos_sin)
-    rows = batch.cache.rows(index)
-    rows.index_copy_(0, batch.write, qkv[:, model.num_heads :].reshape(-1, model.head_dim).to(rows.dtype))
+    batch.cache.put(index, batch.write, qkv[:, model.num_heads :].reshape(-1, model.head_dim))
     return q_THD
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-
-import torch
+from dataclasses import dataclass
+from typing import Any
 
 from trtkit.engine.batch import RowInput
 from trtkit.engine.block_pool import BlockPool
-from trtkit.engine.observer import EvictionCounters
 from trtkit.engine.paged_cache import PagedCache, block_bytes
-from trtkit.engine.runner import ModelRunner, ObserverFactory
-from trtkit.engine.sampler import NOT_A_NUMBER, fresh_seed, sample
+from trtkit.engine.runner import ModelRunner, ObserverFactory, Runner, RunnerFactory
+from trtkit.engine.sampler import NOT_A_NUMBER, fresh_seed
 from trtkit.engine.scheduler import Scheduler, Step
 from trtkit.engine.scoring import ScoringRun
-from trtkit.engine.sequence import Sequence
+from trtkit.engine.sequence import PENDING, Sequence, SequenceState
+from trtkit.engine.step import Awaited, Draw, StepInput
 from trtkit.engine.weights import ModelWeights
 from trtkit.spec.admission import check_request
 from trtkit.spec.dtype import DType
@@ -27,6 +28,14 @@ from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.plan import Limits
 
 _IDLE_SLEEP_S = 0.0005
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Flight:
+    """A launched step and whose tokens it will bring."""
+
+    launched: Any
+    awaited: list[Awaited]
 
 
 class EmbeddedEngine:
@@ -41,19 +50,26 @@ class EmbeddedEngine:
         kv_dtype: DType,
         kv_policy: KVPolicySpec | None = None,
         observer_factory: ObserverFactory | None = None,
+        runner_factory: RunnerFactory | None = None,
         device: str = "cpu",
     ) -> None:
-        """Reserve a pool of `num_blocks`; `limits` are taken as they are (see `open.effective_limits`)."""
+        """Reserve a pool of `num_blocks`; `limits` are taken as they are (see `open.effective_limits`).
+
+        Without a `runner_factory` the CPU engine's runner works, with `observer_factory`'s eviction.
+        """
         model = weights.model
         self._limits = limits
         self._policy = kv_policy or KVPolicySpec()
         self._pool = BlockPool(num_blocks)
         self._scheduler = Scheduler(limits, self._pool)
         cache = PagedCache(model, num_blocks, limits.tokens_per_block, kv_dtype, device)
-        observer = observer_factory(cache, self._scheduler) if observer_factory else None
-        if observer is None and not self._policy.is_full:
-            raise UnsupportedError(f"KV policy {self._policy.label!r}: this engine was opened without eviction")
-        self._runner = ModelRunner(weights, cache, limits.max_seq_len, observer)
+        if runner_factory is not None:
+            self._runner: Runner = runner_factory(weights, cache, self._scheduler)
+        else:
+            observer = observer_factory(cache, self._scheduler) if observer_factory else None
+            if observer is None and not self._policy.is_full:
+                raise UnsupportedError(f"KV policy {self._policy.label!r}: this engine was opened without eviction")
+            self._runner = ModelRunner(weights, cache, limits.max_seq_len, observer)
         self._block_bytes = block_bytes(model, limits.tokens_per_block, kv_dtype)
         self._vocab_size = model.vocab_size
         self._eos_ids = frozenset(model.eos_ids)
@@ -89,15 +105,18 @@ class EmbeddedEngine:
         """
         with self._exclusive():
             source = iter(requests)
+            flights: deque[_Flight] = deque()
             more = True
-            while more or self._scheduler.has_work:
+            while more or flights or self._scheduler.has_work:
                 more = yield from self._pull(source, more)
                 yield from self._drop_cancelled()
                 step = self._scheduler.schedule()
                 if step.feeds:
-                    yield from self._postprocess(step, self._run(step))
-                elif more:
+                    flights.append(self._launch(step))
+                elif more and not flights:
                     time.sleep(_IDLE_SLEEP_S)
+                while len(flights) > (self._runner.max_in_flight if step.feeds else 0):
+                    yield from self._land(flights.popleft())
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
         """Log-probabilities of continuations; see `trtkit.spec.engine.Scorer`.
@@ -115,8 +134,7 @@ class EmbeddedEngine:
 
     def kv_stats(self) -> KVStats:
         """The block pool at this moment."""
-        observer = self._runner.observer
-        counters = observer.counters if observer is not None else EvictionCounters()
+        counters = self._runner.counters
         return KVStats(
             tokens_per_block=self._limits.tokens_per_block,
             block_bytes=self._block_bytes,
@@ -141,7 +159,7 @@ class EmbeddedEngine:
         """Release weights and cache. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            del self._runner.weights, self._runner.cache.layers[:]
+            self._runner.close()
 
     def __enter__(self) -> EmbeddedEngine:
         return self
@@ -202,41 +220,58 @@ class EmbeddedEngine:
             if sequence is not None:
                 yield self._end(sequence, FinishReason.CANCELLED, None)
 
-    @torch.inference_mode()
-    def _run(self, step: Step) -> list[int]:
-        """Run the step; returns the next token of each feed that samples, in order."""
+    def _launch(self, step: Step) -> _Flight:
+        """Start the step. Who reaches its length with it leaves now: its blocks serve the next step already."""
         for sequence in step.preempted:
             self._runner.forget(sequence)
-        inputs = [
-            RowInput(sequence=f.sequence, token_ids=f.sequence.token_slice(f.count), ends_piece=f.ends_piece)
-            for f in step.feeds
-        ]
-        batch, hidden_TE = self._runner.run(inputs, step.new_blocks)
-        sampling = [feed.sequence for feed in step.feeds if feed.samples]
-        if not sampling:
-            return []
-        last = [token for token, feed in zip(batch.last_tokens, step.feeds, strict=True) if feed.samples]
-        logits_RV = self._runner.logits(hidden_TE, last)
-        draws = [(self._seeds[s.request_id], len(s.output_ids)) for s in sampling]
-        return sample(logits_RV, [s.request.sampling for s in sampling], draws)
+        launched = self._runner.launch(
+            StepInput(
+                rows=[
+                    RowInput(sequence=f.sequence, token_ids=f.sequence.token_slice(f.count), ends_piece=f.ends_piece)
+                    for f in step.feeds
+                ],
+                draws=[self._draw(feed.sequence) if feed.samples else None for feed in step.feeds],
+                new_blocks=step.new_blocks,
+            )
+        )
+        awaited = []
+        for sequence in (feed.sequence for feed in step.feeds if feed.samples):
+            awaited.append(Awaited(sequence=sequence, index=len(sequence.output_ids)))
+            sequence.output_ids.append(PENDING)
+            if len(sequence.output_ids) == sequence.max_new_tokens:
+                self._leave(sequence)
+        return _Flight(launched=launched, awaited=awaited)
 
-    def _postprocess(self, step: Step, tokens: list[int]) -> Iterator[TokenEvent]:
-        """Append the tokens, end what is done. All of a step's tokens existed at the same moment."""
+    def _draw(self, sequence: Sequence) -> Draw:
+        return Draw(
+            how=sequence.request.sampling, seed=self._seeds[sequence.request_id], index=len(sequence.output_ids)
+        )
+
+    def _land(self, flight: _Flight) -> Iterator[TokenEvent]:
+        """Note the tokens, end what is done. All of a step's tokens existed at the same moment.
+
+        A sequence that ended while its next token was in flight is no longer active: that token is dropped.
+        """
+        tokens = self._runner.collect(flight.launched)
         now_ns = time.monotonic_ns()
-        sampled = [feed.sequence for feed in step.feeds if feed.samples]
-        events = [self._append(s, token, now_ns) for s, token in zip(sampled, tokens, strict=True)]
+        events = [
+            self._append(awaited, token, now_ns)
+            for awaited, token in zip(flight.awaited, tokens, strict=True)
+            if self._active.get(awaited.sequence.request_id) is awaited.sequence
+        ]
         events += [self._end(s, FinishReason.ERROR, line) for s, line in self._runner.failures]
         yield from events
 
-    def _append(self, sequence: Sequence, token: int, now_ns: int) -> TokenEvent:
+    def _append(self, awaited: Awaited, token: int, now_ns: int) -> TokenEvent:
+        sequence, index = awaited.sequence, awaited.index
         if token == NOT_A_NUMBER:
             return self._end(sequence, FinishReason.ERROR, "the model's output is not a number; try a wider type")
-        sequence.output_ids.append(token)
-        request, index = sequence.request, len(sequence.output_ids) - 1
+        sequence.output_ids[index] = token
+        request = sequence.request
         finish = None
         if token in request.stop_ids or (token in self._eos_ids and not request.ignore_eos):
             finish = FinishReason.STOP
-        elif len(sequence.output_ids) == sequence.max_new_tokens:
+        elif index + 1 == sequence.max_new_tokens:
             finish = FinishReason.LENGTH
         if finish is not None:
             self._retire(sequence)
@@ -245,12 +280,18 @@ class EmbeddedEngine:
     def _end(self, sequence: Sequence, finish: FinishReason, error: str | None) -> TokenEvent:
         """End a request without a token."""
         self._retire(sequence)
-        return _event(sequence.request_id, len(sequence.output_ids), finish, error)
+        return _event(sequence.request_id, sequence.num_emitted, finish, error)
 
     def _retire(self, sequence: Sequence) -> None:
+        """Nothing more will be said about a request."""
+        if sequence.state is not SequenceState.FINISHED:
+            self._leave(sequence)
+        del self._active[sequence.request_id], self._seeds[sequence.request_id]
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a sequence out of the batch; tokens of it may still be in flight."""
         self._scheduler.finish(sequence)
         self._runner.forget(sequence)
-        del self._active[sequence.request_id], self._seeds[sequence.request_id]
 
 
 def _event(request_id: str, index: int, finish: FinishReason, error: str | None) -> TokenEvent:

@@ -12,7 +12,7 @@ from torch import Tensor
 from trtkit.engine.eviction import eviction_observer
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.paged_cache import block_bytes
-from trtkit.engine.runner import ObserverFactory
+from trtkit.engine.runner import ObserverFactory, RunnerFactory
 from trtkit.engine.sequence import blocks_for
 from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
 from trtkit.spec.bundle import EngineBundle
@@ -23,7 +23,7 @@ from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
 from trtkit.spec.units import format_gib
 
-_KV_TYPES = (DType.FP32, DType.FP16, DType.BF16)
+_KV_TYPES = (DType.FP32, DType.FP16, DType.BF16, DType.FP8)
 
 
 def open_embedded(
@@ -80,11 +80,15 @@ def open_tensors(  # noqa: PLR0913 - options of one opener, all but two by keywo
     dtype: DType = DType.FP32,
     device: str = "cpu",
     observer_factory: ObserverFactory | None = None,
+    kv_dtype: DType | None = None,
+    runner_factory: RunnerFactory | None = None,
 ) -> EmbeddedEngine:
-    """Open an unsplit checkpoint held in memory, by its TensorRT-LLM tensor names."""
+    """Open an unsplit checkpoint held in memory, by its TensorRT-LLM tensor names. `kv_dtype` defaults to `dtype`."""
     _check_device(device)
     weights = weights_from_tensors(model, tensors, dtype=dtype, device=device)
-    return _assemble(weights, limits or Limits(), dtype, kv_policy, device, observer_factory)
+    return _assemble(
+        weights, limits or Limits(), kv_dtype or dtype, kv_policy, device, observer_factory, runner_factory
+    )
 
 
 def effective_limits(model: ModelSpec, limits: Limits) -> Limits:
@@ -117,13 +121,14 @@ def pool_blocks(model: ModelSpec, limits: Limits, kv_dtype: DType, available_byt
     return blocks
 
 
-def _assemble(
+def _assemble(  # noqa: PLR0913, PLR0917 - what both openers have decided
     weights: ModelWeights,
     limits: Limits,
     kv_dtype: DType,
     kv_policy: KVPolicySpec | None,
     device: str,
     observer_factory: ObserverFactory | None,
+    runner_factory: RunnerFactory | None = None,
 ) -> EmbeddedEngine:
     if kv_dtype not in _KV_TYPES:
         allowed = ", ".join(t.value for t in _KV_TYPES)
@@ -136,6 +141,7 @@ def _assemble(
         kv_dtype=kv_dtype,
         kv_policy=kv_policy,
         observer_factory=observer_factory or eviction_observer(kv_policy or KVPolicySpec(), weights.model),
+        runner_factory=runner_factory,
         device=device,
     )
 

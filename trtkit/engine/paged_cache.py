@@ -3,7 +3,8 @@
 Axes in names: B blocks, H KV heads, T slots (tokens), D head dimension, L layers, R rows of D elements.
 One layer is `[B, 2, H, tokens_per_block, D]` (HND: heads outside tokens); index 1 of the second axis is the values.
 Keys are stored rotated. One block more than the pool hands out, `pad_block`, is always zero: short block tables
-are padded with it, so that a batched gather never reads another sequence's data.
+are padded with it, so that a batched gather never reads another sequence's data. All layers are one tensor, so that
+a kernel can work on every layer in one launch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trtkit.kernels.fused import to_cache_type
 from trtkit.spec.dtype import DType
 from trtkit.spec.model import ModelSpec
 
@@ -40,22 +42,34 @@ class PagedCache:
         self.tokens_per_block = tokens_per_block
         self.num_kv_heads = model.num_kv_heads
         self.head_dim = model.head_dim
-        shape = (num_blocks + 1, 2, model.num_kv_heads, tokens_per_block, model.head_dim)
-        self.layers = [torch.empty(shape, dtype=torch_dtype(dtype), device=device) for _ in range(model.num_layers)]
+        shape = (model.num_layers, num_blocks + 1, 2, model.num_kv_heads, tokens_per_block, model.head_dim)
+        self.storage = torch.empty(shape, dtype=torch_dtype(dtype), device=device)
+        self.layers = list(self.storage)
         self.device = torch.device(device)
         self.clear([self.pad_block])
 
     @property
     def num_bytes(self) -> int:
         """Bytes reserved, the pad block left out."""
-        return sum(layer[: self.num_blocks].numel() * layer.element_size() for layer in self.layers)
+        return self.storage[:, : self.num_blocks].numel() * self.storage.element_size()
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks about to be handed out: a previous owner's NaN must not reach the next through a masked slot."""
         if blocks:
             index = torch.tensor(blocks, device=self.device)
             for layer in self.layers:
-                layer.index_fill_(0, index, 0)
+                _indexable(layer).index_fill_(0, index, 0)
+
+    def put(self, layer: int, index: Tensor, rows_RD: Tensor) -> None:
+        """Store rows [R, D] at `index` into `rows(layer)`; an 8-bit cache saturates."""
+        stored = self.rows(layer)
+        values = rows_RD if rows_RD.dtype is stored.dtype else to_cache_type(rows_RD, stored.dtype)
+        _indexable(stored).index_copy_(0, index, _indexable(values))
+
+    def release(self) -> None:
+        """Give the memory back; nothing else may be called afterwards."""
+        self.layers.clear()
+        self.storage = self.storage.new_empty(0)
 
     def write_rows(self, blocks: np.ndarray, offsets: np.ndarray) -> Tensor:
         """Rows of D elements where tokens go: for each token its H key rows, then its H value rows.
@@ -86,11 +100,13 @@ class PagedCache:
 
     def rows(self, layer: int) -> Tensor:
         """One layer as rows of one slot of one head, [R, D]."""
-        return self.layers[layer].view(-1, self.head_dim)
+        stored: Tensor = self.storage[layer]
+        return stored.view(-1, self.head_dim)
 
     def block_rows(self, layer: int) -> Tensor:
         """One layer as rows of one head of one block, [R, tokens_per_block * D]."""
-        return self.layers[layer].view(-1, self.tokens_per_block * self.head_dim)
+        stored: Tensor = self.storage[layer]
+        return stored.view(-1, self.tokens_per_block * self.head_dim)
 
     def padded_tables(self, tables: Sequence[Sequence[int]]) -> np.ndarray:
         """Block tables as one array [B, N], short ones filled up with the pad block."""
@@ -109,3 +125,8 @@ class PagedCache:
 
     def _index(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(rows.reshape(-1).astype(np.int64, copy=False)).to(self.device)
+
+
+def _indexable(stored: Tensor) -> Tensor:
+    """`stored` for indexed writes: torch has none for 8-bit floats on a CPU, so those are bytes there."""
+    return stored.view(torch.uint8) if stored.dtype is torch.float8_e4m3fn else stored

@@ -1,30 +1,91 @@
-"""`ModelRunner`: weights, cache and observer together; runs one step."""
+"""`ModelRunner`: weights, cache and observer together; runs one step. `Runner` is what the loop asks of any runner."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from trtkit.engine import llama
 from trtkit.engine.batch import Batch, RowInput, build_batch
-from trtkit.engine.observer import LayerObserver
+from trtkit.engine.observer import EvictionCounters, LayerObserver
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.rope import RopeTable
+from trtkit.engine.sampler import sample
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence
+from trtkit.engine.step import StepInput
 from trtkit.engine.weights import ModelWeights
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.kv import KVPolicySpec
 
-__all__ = ["Batch", "ModelRunner", "ObserverFactory"]
-
 ObserverFactory = Callable[[PagedCache, Scheduler], LayerObserver]
+RunnerFactory = Callable[[ModelWeights, PagedCache, Scheduler], "Runner"]
+
+
+class Laid(Protocol):
+    """A step as laid out."""
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """Index of each row's last token, in the caller's order."""
+
+
+class Runner(Protocol):
+    """What the engine's loop and scoring ask of a runner.
+
+    `max_in_flight` steps may be launched and not yet collected while another one is launched; what is launched is
+    collected in that order, or dropped.
+    """
+
+    weights: ModelWeights
+    cache: PagedCache
+    max_in_flight: int
+
+    def admit(self, sequence: Sequence, default: KVPolicySpec) -> None:
+        """See `ModelRunner.admit`."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """See `ModelRunner.forget`."""
+
+    @property
+    def counters(self) -> EvictionCounters:
+        """Totals of eviction."""
+
+    @property
+    def failures(self) -> list[tuple[Sequence, str]]:
+        """See `ModelRunner.failures`."""
+
+    def run(self, inputs: list[RowInput], new_blocks: list[int]) -> tuple[Laid, Tensor]:
+        """See `ModelRunner.run`."""
+
+    def logits(self, hidden_TE: Tensor, tokens: list[int]) -> Tensor:
+        """See `ModelRunner.logits`."""
+
+    def launch(self, step: StepInput) -> Any:  # noqa: ANN401 - opaque: only this runner's `collect` takes it
+        """Start a step; sequences are advanced at once."""
+
+    def collect(self, launched: Any) -> list[int]:  # noqa: ANN401 - what `launch` gave
+        """Wait for a step; its tokens, in the order of the rows that draw."""
+
+    def close(self) -> None:
+        """Release weights and cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ready:
+    """A step that was finished when its launch returned."""
+
+    tokens: list[int]
 
 
 class ModelRunner:
     """Feeds rows through the model. Sequences are advanced here, so that `cache_len` always tells what is cached."""
+
+    max_in_flight = 0
 
     def __init__(
         self, weights: ModelWeights, cache: PagedCache, max_positions: int, observer: LayerObserver | None = None
@@ -58,6 +119,31 @@ class ModelRunner:
     def failures(self) -> list[tuple[Sequence, str]]:
         """Sequences that eviction has to give up, each with its line."""
         return [] if self.observer is None else list(self.observer.failed.items())
+
+    @property
+    def counters(self) -> EvictionCounters:
+        """Totals of eviction."""
+        return EvictionCounters() if self.observer is None else self.observer.counters
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput) -> Ready:
+        """Run a step to its end."""
+        batch, hidden_TE = self.run(step.rows, step.new_blocks)
+        drawn = [(token, draw) for token, draw in zip(batch.last_tokens, step.draws, strict=True) if draw is not None]
+        if not drawn:
+            return Ready(tokens=[])
+        logits_RV = self.logits(hidden_TE, [token for token, _ in drawn])
+        draws = [draw for _, draw in drawn]
+        return Ready(tokens=sample(logits_RV, [d.how for d in draws], [(d.seed, d.index) for d in draws]))
+
+    def collect(self, launched: Ready) -> list[int]:
+        """The step's tokens, in the order of the rows that draw."""
+        return launched.tokens
+
+    def close(self) -> None:
+        """Release weights and cache."""
+        self.cache.release()
+        del self.weights
 
     def run(self, inputs: list[RowInput], new_blocks: list[int]) -> tuple[Batch, Tensor]:
         """One step: the batch as laid out, and hidden states before the final norm, [T, E].

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trtkit.engine.batch import RowInput
-from trtkit.engine.runner import ModelRunner
+from trtkit.engine.runner import Runner
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
 from trtkit.spec.admission import check_score_request
@@ -83,7 +83,7 @@ class _Reading:
 class ScoringRun:
     """One call of `score`."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, policy: KVPolicySpec) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, policy: KVPolicySpec) -> None:
         """Uses the scheduler's pool and limits only; its queues are empty meanwhile."""
         self._runner, self._scheduler, self._policy = runner, scheduler, policy
         self._limits, self._pool = scheduler.limits, scheduler.pool

@@ -12,6 +12,9 @@ from enum import Enum
 from trtkit.spec.engine import Request
 from trtkit.spec.kv import KVPolicySpec
 
+PENDING = -2
+"""Stands in a sequence's output for a token that a launched step will write."""
+
 
 class SequenceState(Enum):
     """Where a sequence is: WAITING (holds no block), RUNNING, FINISHED (holds no block)."""
@@ -67,6 +70,11 @@ class Sequence:
     def known_len(self) -> int:
         """Tokens there are: prompt and output so far."""
         return self.prompt_len + len(self.output_ids)
+
+    @property
+    def num_emitted(self) -> int:
+        """Output tokens whose value is known here."""
+        return sum(token != PENDING for token in self.output_ids[-2:]) + max(0, len(self.output_ids) - 2)
 
     @property
     def pending(self) -> int:

@@ -29,6 +29,5 @@ def move_slots(cache: PagedCache, block_table: list[int], moves: HoleMoves) -> N
     edges = torch.arange(len(cache.layers) + 1, device=cache.device) * heads
     bounds = torch.searchsorted(moves.rows, edges).tolist()
     for layer, (start, end) in enumerate(itertools.pairwise(bounds)):
-        stored = cache.rows(layer)
-        moved = stored.index_select(0, sources[:, start:end].reshape(-1))
-        stored.index_copy_(0, targets[:, start:end].reshape(-1), moved)
+        moved = cache.rows(layer).index_select(0, sources[:, start:end].reshape(-1))
+        cache.put(layer, targets[:, start:end].reshape(-1), moved)

@@ -1,7 +1,7 @@
 """A TensorRT-LLM checkpoint as matrices ready to multiply: ranks merged, q|k|v and gate|up fused.
 
 Names and split are `trtkit.spec.checkpoint`'s. TensorRT-LLM's `mlp.fc` is the gated (SiLU) half and `mlp.gate` the
-other. INT8 stays int8.
+other. INT8 stays int8 and FP8 float8_e4m3fn, each with one scale per output channel.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from trtkit.engine.int8 import int8_linear
 from trtkit.engine.matmul import linear, pack
 from trtkit.engine.paged_cache import torch_dtype
 from trtkit.engine.ranks import RankReader
+from trtkit.kernels.matmul import fp8_linear
 from trtkit.spec.checkpoint import FINAL_NORM, LM_HEAD, VOCAB_EMBEDDING, layer_prefix
 from trtkit.spec.checkpoint_config import read_checkpoint_config
 from trtkit.spec.dtype import DType
@@ -25,14 +26,16 @@ from trtkit.spec.model import ModelSpec
 from trtkit.spec.quant import QuantSpec
 
 TensorSource = Callable[[str], Tensor]
-_RUNNABLE = (None, "W8A16")
+_RUNNABLE = (None, "W8A16", "FP8_PER_CHANNEL_PER_TOKEN")
+_QUANTISED = {torch.int8: "INT8", torch.float8_e4m3fn: "FP8"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
     """`x @ weight.T (* scale) (+ bias)`.
 
-    `weight` [out, in] is int8 exactly when there is a `scale` [out]; else it comes from `pack`.
+    `weight` [out, in] is int8 or float8_e4m3fn exactly when there is a `scale` [out], in the compute type for int8 and
+    fp32 for FP8; else it comes from `pack`.
     """
 
     weight: Tensor
@@ -43,6 +46,8 @@ class Linear:
         """[T, in] -> [T, out]."""
         if self.scale is None:
             return linear(x_TI, self.weight, self.bias)
+        if self.weight.dtype is torch.float8_e4m3fn:
+            return fp8_linear(x_TI, self.weight, self.scale, self.bias)
         y_TO = int8_linear(x_TI, self.weight, self.scale)
         return y_TO if self.bias is None else y_TO.add_(self.bias)
 
@@ -103,7 +108,10 @@ def load_weights(directory: Path, *, dtype: DType | None = None, device: str = "
     """
     model, quant, parallel = read_checkpoint_config(directory)
     if quant.algo not in _RUNNABLE:
-        raise UnsupportedError(f"{directory}: quantisation {quant.algo} is for GPUs; the embedded engine runs W8A16")
+        raise UnsupportedError(
+            f"{directory}: the embedded engine does not run quantisation {quant.algo}; it runs W8A16 (int8) and "
+            "FP8_PER_CHANNEL_PER_TOKEN (fp8-rowwise)"
+        )
     with RankReader(directory, model, parallel) as reader:
         return assemble(model, reader.tensor, dtype=dtype or quant.compute, device=device), quant
 
@@ -158,31 +166,43 @@ class _Builder:
             down=self.linear([f"{mlp}proj"], hidden, inter, bias=model.mlp_bias),
         )
 
-    def plain(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def plain(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         tensor = self._checked(name, shape)
         if not tensor.is_floating_point():
             raise InputError(f"{name}: is {tensor.dtype}, expected a floating-point type")
-        return tensor.to(device=self.device, dtype=self.dtype, copy=True).contiguous()
+        return tensor.to(device=self.device, dtype=dtype or self.dtype, copy=True).contiguous()
 
     def linear(self, names: list[str], rows: int, columns: int, *, bias: bool) -> Linear:
         parts = [self._checked(f"{name}.weight", (rows, columns)) for name in names]
-        quantised = parts[0].dtype is torch.int8
-        weight_type = torch.int8 if quantised else self.dtype
-        if any((part.dtype is torch.int8) != quantised for part in parts):
-            raise InputError(f"{' and '.join(names)}: one is INT8 and the other is not")
+        stored = parts[0].dtype
+        quantised = stored in _QUANTISED
+        if any(part.dtype is not stored and (quantised or part.dtype in _QUANTISED) for part in parts):
+            named = " and ".join(names)
+            raise InputError(
+                f"{named}: one is {_QUANTISED.get(stored) or _QUANTISED[parts[1].dtype]} and the other is not"
+            )
+        weight_type = stored if quantised else self.dtype
+        scale_type = torch.float32 if stored is torch.float8_e4m3fn else self.dtype
+        scale_names = [f"{name}.per_channel_scale" for name in names]
         return Linear(
             weight=pack(torch.cat([part.to(device=self.device, dtype=weight_type) for part in parts])),
-            scale=self._rows([f"{name}.per_channel_scale" for name in names], rows) if quantised else None,
-            bias=self._rows([f"{name}.bias" for name in names], rows) if bias else None,
+            scale=self._rows(scale_names, rows, scale_type) if quantised else None,
+            bias=self._rows([f"{name}.bias" for name in names], rows, self.dtype) if bias else None,
         )
 
-    def _rows(self, names: list[str], rows: int) -> Tensor:
-        return torch.cat([self.plain(name, (rows,)) for name in names])
+    def _rows(self, names: list[str], rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.cat([self.plain(name, (rows,), dtype) for name in names])
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.source(name)
         if tuple(tensor.shape) != shape:
             raise InputError(f"{name}: has shape {tuple(tensor.shape)}, the config asks for {shape}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _all_finite(tensor):
             raise InputError(f"{name}: holds NaN or infinity; the checkpoint is damaged, convert it again")
         return tensor
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    if tensor.dtype is torch.float8_e4m3fn:  # its only NaN has all bits but the sign set, and it has no infinity
+        return not bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any())
+    return bool(torch.isfinite(tensor).all())

@@ -84,3 +84,26 @@ def test_clear_zeroes_only_the_blocks_named() -> None:
     for layer in cache.layers:
         assert not layer[[1, 4]].any()
         assert layer[[0, 2, 3, 5]].isnan().all()
+
+
+def test_all_layers_are_views_of_one_tensor() -> None:
+    cache = _cache()
+    cache.layers[1][3, 1, 0, 2] = 7.0
+    assert bool((cache.storage[1, 3, 1, 0, 2] == 7.0).all())
+
+
+def test_an_8_bit_cache_stores_rounds_and_saturates() -> None:
+    cache = PagedCache(SPEC, 6, 3, DType.FP8, "cpu")
+    assert cache.num_bytes == _cache().num_bytes // 4
+    rows = torch.tensor([[1.0, 1000.0, -1000.0, 0.3]])
+    cache.put(1, torch.tensor([5]), rows)
+    assert cache.rows(1)[5].float().tolist() == [1.0, 448.0, -448.0, 0.3125]
+    cache.clear([0])
+    assert not cache.layers[1][0].float().any()
+
+
+def test_rows_of_an_8_bit_cache_move_as_they_are() -> None:
+    cache = PagedCache(SPEC, 6, 3, DType.FP8, "cpu")
+    cache.put(0, torch.tensor([1]), torch.tensor([[0.5, 2.0, -3.0, 8.0]]))
+    cache.put(0, torch.tensor([2]), cache.rows(0).index_select(0, torch.tensor([1])))
+    assert cache.rows(0)[2].float().tolist() == [0.5, 2.0, -3.0, 8.0]

@@ -1,0 +1,54 @@
+"""The device path on a CPU: the kernels' torch twins, with steps collected late or at once, captured or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from support.engine_models import kv_bytes, limits, spec_of, trtllm_tensors
+
+from trtkit.engine.device.eviction import DeviceEviction
+from trtkit.engine.device.graphs import Capture
+from trtkit.engine.device.runner import DeviceRunner
+from trtkit.engine.eviction import prefill_piece
+from trtkit.engine.loop import EmbeddedEngine
+from trtkit.engine.open import open_tensors
+from trtkit.engine.runner import RunnerFactory
+from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.model import ModelSpec
+
+
+def device_runner(
+    model: ModelSpec,
+    policy: KVPolicySpec | None = None,
+    *,
+    late: int = 1,
+    capture: Capture | None = None,
+    ring_queries: int | None = None,
+) -> RunnerFactory:
+    """Makes a device runner whose prompts are cut as the CPU engine cuts them."""
+
+    def build(weights: Any, cache: Any, scheduler: Any) -> DeviceRunner:
+        eviction = DeviceEviction(
+            policy or KVPolicySpec(), model, scheduler, piece=prefill_piece, ring_queries=ring_queries
+        )
+        return DeviceRunner(weights, cache, scheduler.limits, eviction, max_in_flight=late, capture=capture)
+
+    return build
+
+
+def open_device(
+    hf: Any,
+    *,
+    blocks: int = 256,
+    policy: KVPolicySpec | None = None,
+    late: int = 1,
+    capture: Capture | None = None,
+    ring_queries: int | None = None,
+    **overrides: Any,
+) -> EmbeddedEngine:
+    """The device path on a transformers model's weights, with `blocks` KV blocks."""
+    spec = spec_of(hf)
+    size = overrides.get("tokens_per_block", 4)
+    chosen = limits(**{"kv_memory_bytes": kv_bytes(spec, blocks, size), **overrides})
+    factory = device_runner(spec, policy, late=late, capture=capture, ring_queries=ring_queries)
+    return open_tensors(spec, trtllm_tensors(hf), limits=chosen, kv_policy=policy, runner_factory=factory)
