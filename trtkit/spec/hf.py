@@ -191,15 +191,17 @@ def _refuse_features(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedError(f"hidden_act {str(activation)[:40]!r} is not supported; supported is 'silu'")
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
-        raise UnsupportedError(
-            f"the checkpoint is already quantised ({str(method)[:40]}); give the 16-bit checkpoint, trtkit quantises it"
-        )
     partial = config.get("partial_rotary_factor")
     if partial not in (None, 1, 1.0):
         raise UnsupportedError(f"partial_rotary_factor {partial} is not supported; supported is 1.0")
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
+        if method == "gptq" and quantization.get("bits") == 8:
+            return  # INT8 GPTQ is converted as it is; the converter looks at the rest of its settings.
+        raise UnsupportedError(
+            f"the checkpoint is already quantised ({str(method)[:40]}); give the 16-bit checkpoint, trtkit quantises it"
+        )
 
 
 def _head_dim(config: Mapping[str, Any], family: _Family, *, hidden: int, heads: int) -> int:
