@@ -90,7 +90,10 @@ class KVStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInfo:
-    """What an opened engine is: sizes in bytes per rank, limits as they took effect."""
+    """What an opened engine is: sizes in bytes per rank, limits as they took effect.
+
+    `notes` say, one line each, what does not run as it should, such as a kernel that fell back to plain torch.
+    """
 
     target: str
     device: str
@@ -103,6 +106,7 @@ class EngineInfo:
     kv_policy: KVPolicySpec
     eos_ids: tuple[int, ...] = ()
     pid: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
