@@ -1,7 +1,7 @@
 """What the GPU scripts share: timing, records that survive a kill, clocks, a short table.
 
-A script starts with `sys.path[0] = str(Path(__file__).resolve().parents[2])` and imports `bench.gpu.common`: the tree
-needs no installation, and its own folder leaves the path (`kernels.py` there must not pose as the package of that name).
+A script puts the repository's root first on `sys.path` and imports `bench.gpu.common`: the tree needs no installation, and
+the scripts' own folder leaves the path (`kernels.py` there must not pose as the package of that name).
 
 Times are GPU time between CUDA events: of one call where it is long, of a replayed CUDA graph of many calls where it is
 short, as decode runs. Inputs that a real step would read from memory rotate through copies larger than the L2 cache.
