@@ -16,10 +16,11 @@ from support.dense_oracle import open_small, random_tensors, small_model
 
 from trtkit.engine import eviction
 from trtkit.spec.engine import Request
-from trtkit.spec.errors import UnsupportedError, UsageError
+from trtkit.spec.errors import EngineError, UnsupportedError, UsageError
 from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.ring import StepRing
-from trtkit_h2o.trtllm.session import EvictionSession, Geometry
+from trtkit_h2o.trtllm.session import EvictionSession
+from trtkit_h2o.trtllm.tracked import Geometry
 
 CPU = torch.device("cpu")
 MODEL = small_model(num_layers=1)
@@ -97,11 +98,27 @@ def session_of(label="h2o:8,sinks=1,recent=2,interval=2", **options):
     return EvictionSession(policies, Geometry(layers=1, kv_heads=1, max_sequences=2, device=CPU))
 
 
+class NoPool:
+    """Never asked for a key."""
+
+    def view(self, layer):
+        raise AssertionError(layer)
+
+    def blocks(self, request_id):
+        return [0]
+
+
+def prompt_in(session, request_id, count, first=0):
+    """One piece of a prompt through the session's one layer; what is owed after it."""
+    session.feed(request_id, first, count, NoPool())
+    session.prefill(request_id, 0, torch.randn(count, 2, 4), torch.randn(count, 1, 4), NoPool())
+    return session.settle(request_id, NoPool())
+
+
 def test_beginning_again_forgets_what_was_before():
     session = session_of()
-    session.begin(0, 20, None)
-    session.prefill(0, 0, torch.randn(20, 2, 4), torch.randn(20, 1, 4))
-    assert session.end_prefill(0) == 12
+    assert session.begin(0, 20, None) == 0
+    assert prompt_in(session, 0, 20) == 12
     session.begin(0, 30, None)
     assert session.evicted(0) == 0
     session.begin(1, 30, None)  # both rings are in use, none was lost
@@ -110,17 +127,53 @@ def test_beginning_again_forgets_what_was_before():
 
 def test_requests_nobody_announced_are_ignored():
     session = session_of()
-    assert session.prefill(9, 0, torch.randn(3, 2, 4), torch.randn(3, 1, 4)) is None
-    assert session.end_prefill(9) == 0
-    assert session.end_step(9, None) == 0
+    session.feed(9, 0, 3, NoPool())
+    assert session.prefill(9, 0, torch.randn(3, 2, 4), torch.randn(3, 1, 4), NoPool()) is None
+    assert session.settle(9, None) == 0
+    session.prompt_stays(9)
     session.forget(9)
+    assert session.request_ids == ()
 
 
-def test_the_end_of_a_prompt_counts_once():
+def test_what_a_prompt_owes_is_settled_once_and_counted():
+    session = session_of()
+    session.begin(0, 21, None)
+    assert [prompt_in(session, 0, 21), session.settle(0, NoPool())] == [13, 0]
+    counted = session.counters
+    assert (counted.evictions, counted.tokens_evicted, counted.blocks_freed) == (1, 13, 6 - 2)
+
+
+def test_a_prompt_that_comes_in_pieces_keeps_room_for_its_budget_and_one_piece():
+    policies = RequestPolicies("h2o:8,sinks=1,recent=2,interval=2", max_seq_len=64, tokens_per_block=4)
+    session = EvictionSession(policies, Geometry(layers=1, kv_heads=1, max_sequences=2, device=CPU, max_chunk=10))
+    assert session.begin(0, 40, None) == 40 - (8 + 10)
+    assert session.begin(1, 17, None) == 0
+
+
+def test_a_piece_that_does_not_follow_on_is_refused():
     session = session_of()
     session.begin(0, 20, None)
-    session.prefill(0, 0, torch.randn(20, 2, 4), torch.randn(20, 1, 4))
-    assert [session.end_prefill(0), session.end_prefill(0)] == [12, 0]
+    with pytest.raises(
+        UnsupportedError, match=r"expected token 0 of a prompt to be next, it is 8; .*enable_block_reuse"
+    ):
+        session.feed(0, 8, 12, NoPool())
+
+
+def test_queries_of_a_piece_nobody_announced_are_refused():
+    session = session_of()
+    session.begin(0, 20, None)
+    with pytest.raises(EngineError, match="no step announced"):
+        session.prefill(0, 0, torch.randn(20, 2, 4), torch.randn(20, 1, 4), NoPool())
+
+
+def test_a_decode_step_must_be_the_next_one():
+    session = session_of()
+    session.begin(0, 20, None)
+    with pytest.raises(UnsupportedError, match="expected token 0 of a request to be next, it is 20"):
+        session.aim([(0, 20)])
+    prompt_in(session, 0, 20)
+    with pytest.raises(UnsupportedError, match="expected token 20 of a request to be next, it is 21"):
+        session.aim([(0, 21)])
 
 
 @pytest.mark.parametrize(
@@ -161,9 +214,11 @@ def test_hooks_read_fused_and_separate_projections_alike(adapter):
             Geometry(layers=1, kv_heads=2, max_sequences=3, device=CPU),
         )
         session.begin(7, 20, None)
+        session.feed(7, 0, 20, NoPool())
         session.observe = lambda layer, rows: noted.append((layer, rows))
         metadata = SimpleNamespace(
-            kv_cache_manager=SimpleNamespace(h2o=session, layer_offsets={5: 0}),
+            kv_cache_manager=SimpleNamespace(h2o=session, h2o_pool=NoPool(), layer_offsets={5: 0}),
+            kv_cache_params=SimpleNamespace(num_cached_tokens_per_seq=[0, 5, 6]),
             num_contexts=1,
             num_generations=2,
             num_ctx_tokens=20,
@@ -189,6 +244,7 @@ def test_any_budget_and_any_mix_of_requests_give_the_embedded_engines_tokens(dat
     interval = data.draw(st.integers(1, 9))
     block = data.draw(st.sampled_from([2, 4, 8]))
     scorer = data.draw(st.sampled_from(["sum", "mean", "decay"]))
+    overlap = data.draw(st.booleans())
     kv = f"h2o:{budget},sinks={sinks},recent={recent},interval={interval},scorer={scorer}"
     jobs = data.draw(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 40)), min_size=1, max_size=4))
     prompts = [
@@ -200,7 +256,12 @@ def test_any_budget_and_any_mix_of_requests_give_the_embedded_engines_tokens(dat
         fake.put_in(patch, fake.modules())
         v12 = importlib.import_module("trtkit_h2o.trtllm.v12")
         engine = build_v12(
-            MODEL, TENSORS, v12.H2OSparseAttentionConfig(kv_policy=kv), tokens_per_block=block, max_batch_size=3
+            MODEL,
+            TENSORS,
+            v12.H2OSparseAttentionConfig(kv_policy=kv),
+            tokens_per_block=block,
+            max_batch_size=3,
+            overlap=overlap,
         )
         outputs = engine.run(
             *[LlmRequest(i, list(p), n) for i, (p, (_, n)) in enumerate(zip(prompts, jobs, strict=True))]

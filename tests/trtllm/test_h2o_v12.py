@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fakes.trtllm_kv import v12 as fake
-from fakes.trtllm_kv.executor import Executor, LlmRequest, Ranks, build_v12
+from fakes.trtllm_kv.executor import Executor, LlmRequest, LlmRequestState, Ranks, build_v12
 from support.dense_oracle import (
     DenseOracle,
     greedy_with_eviction,
@@ -101,11 +102,109 @@ def test_a_share_is_one_of_each_requests_own_context(adapter):
     assert embedded(kv, *jobs) != embedded("full", *jobs)
 
 
-def test_a_mixed_batch_gives_each_request_what_it_gets_alone(adapter):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(adapter, overlap):
     jobs = [(prompt_of(n, seed=n), c) for n, c in [(60, 50), (9, 70), (33, 1), (20, 3), (45, 40), (30, 25)]]
-    engine = runtime(adapter, H2O, max_batch_size=3)
+    engine = runtime(adapter, H2O, max_batch_size=3, overlap=overlap)
     assert engine.run(*jobs_to_requests(jobs)) == embedded(H2O, *jobs)
     assert engine.peak_running == 3
+
+
+@pytest.mark.parametrize("kv", [H2O, "snapkv:24,recent=8,sinks=2,interval=4", "window:20,interval=4"])
+def test_the_overlap_scheduler_changes_no_token_though_steps_are_prepared_before_results_are_known(adapter, kv):
+    """A round falls due by counts, which are known when a step is enqueued; stream order does the rest."""
+    jobs = [(prompt_of(40), 60), (prompt_of(15, seed=1), 50)]
+    engine = runtime(adapter, kv, overlap=True)
+    assert engine.run(*jobs_to_requests(jobs)) == embedded(kv, *jobs)
+    assert engine.manager.h2o.counters.evictions > 10
+
+
+def test_a_request_that_ends_while_its_next_step_is_under_way_leaves_the_others_alone(adapter):
+    """Under overlap a stop token is heard of one step late."""
+    jobs = [(prompt_of(40, seed=n), 60) for n in range(3)]
+    whole = embedded(H2O, *jobs)
+    requests = jobs_to_requests(jobs)
+    requests[1].stop_ids = (whole[1][29],)
+    engine = runtime(adapter, H2O, overlap=True, max_batch_size=2)
+    outputs = engine.run(*requests)
+    assert outputs == {**whole, 1: whole[1][: whole[1].index(whole[1][29]) + 1]}
+    assert len(engine.manager.impl.free) == 256
+
+
+def chunked_oracle(prompt, ends, count):
+    """The dense masked model, cut where the runtime's chunks ended."""
+    oracle = DenseOracle(MODEL, TENSORS, h2o_policy(parse_kv_policy(H2O), interval=4))
+    for start, end in itertools.pairwise([0, *ends[:-1]]):
+        oracle.step(prompt[start:end])
+        oracle.evict()
+    before = ends[-2] if len(ends) > 1 else 0
+    return greedy_with_eviction(Continued(oracle, before), prompt, count, piece=len(prompt))[0]
+
+
+class Continued:
+    """An oracle that has seen the first tokens of a prompt already."""
+
+    def __init__(self, oracle, seen):
+        assert oracle.num_tokens == seen
+        self._oracle = oracle
+
+    def __getattr__(self, name):
+        return getattr(self._oracle, name)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompts_in_chunks_are_cut_after_each_and_equal_the_masked_dense_model(adapter, overlap):
+    jobs = [(prompt_of(n, seed=n), c) for n, c in [(150, 30), (70, 20), (23, 30), (100, 10)]]
+    requests = jobs_to_requests(jobs)
+    engine = runtime(adapter, H2O, max_num_tokens=16, chunked=True, max_batch_size=3, overlap=overlap)
+    outputs = engine.run(*requests)
+    assert [len(r.chunk_ends) > 2 for r in requests] == [True, True, False, True]
+    assert outputs == {
+        i: chunked_oracle(prompt, request.chunk_ends, count)
+        for i, ((prompt, count), request) in enumerate(zip(jobs, requests, strict=True))
+    }
+
+
+@pytest.mark.parametrize("kv", [H2O, "snapkv:24,recent=8,sinks=2,interval=4", "window:20,interval=4"])
+def test_chunks_as_long_as_the_embedded_engines_pieces_give_its_tokens(adapter, monkeypatch, kv):
+    monkeypatch.setattr(eviction, "_MIN_PIECE", 12)
+    job = (prompt_of(130), 60)
+    engine = runtime(adapter, kv, max_num_tokens=12, chunked=True)
+    assert engine.run(*jobs_to_requests([job])) == embedded(kv, job)
+    assert embedded(kv, job) != embedded("full", job)
+
+
+def test_a_chunked_prompt_never_holds_more_than_its_budget_and_one_step(adapter):
+    budget, step, block = 24, 16, 4
+    engine = runtime(adapter, H2O, max_num_tokens=step, chunked=True, blocks=64)
+    engine.run(LlmRequest(0, prompt_of(200), 20))
+    assert engine.peak_blocks == (budget + step) // block, "the whole prompt is 50 blocks"
+    whole = runtime(adapter, H2O, blocks=64)
+    whole.run(LlmRequest(0, prompt_of(200), 20))
+    assert whole.peak_blocks == 50
+
+
+def test_what_was_evicted_is_counted_as_the_embedded_engine_counts_it(adapter):
+    jobs = [(prompt_of(60), 50), (prompt_of(9, seed=1), 70)]
+    engine = runtime(adapter, H2O)
+    engine.run(*jobs_to_requests(jobs))
+    reference = open_small(MODEL, TENSORS, H2O)
+    for _ in reference.generate(
+        Request(request_id=str(i), prompt_ids=tuple(p), max_tokens=n, ignore_eos=True) for i, (p, n) in enumerate(jobs)
+    ):
+        pass
+    stats, counted = reference.kv_stats(), engine.manager.h2o.counters
+    assert stats.evictions > 20
+    assert (counted.evictions, counted.tokens_evicted) == (stats.evictions, stats.tokens_evicted)
+    assert counted.blocks_freed == stats.blocks_freed
+
+
+def test_with_guaranteed_blocks_nobody_is_paused_and_tokens_stay(adapter):
+    jobs = [(prompt_of(36, seed=n), 60) for n in range(4)]
+    engine = runtime(adapter, H2O, blocks=30, capacity="GUARANTEED_NO_EVICT")
+    assert engine.run(*jobs_to_requests(jobs)) == embedded(H2O, *jobs)
+    assert engine.pauses == 0
+    assert engine.peak_running == 1, "blocks that eviction frees stay reserved"
 
 
 def test_a_long_prompt_is_cut_once_and_equals_the_masked_dense_model(adapter):
@@ -154,7 +253,8 @@ def test_a_request_that_never_outgrows_its_budget_costs_nothing(adapter):
 def test_a_rank_with_half_the_heads_keeps_as_many_tokens(adapter):
     """Ranks decide alone; equal counts are all that one block table over all ranks' layers needs."""
     from trtkit_h2o.trtllm.policies import RequestPolicies
-    from trtkit_h2o.trtllm.session import EvictionSession, Geometry
+    from trtkit_h2o.trtllm.session import EvictionSession
+    from trtkit_h2o.trtllm.tracked import Geometry
 
     policies = RequestPolicies(H2O, max_seq_len=256, tokens_per_block=4)
     generator = torch.Generator().manual_seed(0)
@@ -166,8 +266,9 @@ def test_a_rank_with_half_the_heads_keeps_as_many_tokens(adapter):
         )
         session = EvictionSession(policies, geometry)
         session.begin(0, 50, None)
-        slots = session.prefill(0, 0, queries[:, query_heads], keys[:, kv_heads])
-        assert session.end_prefill(0) == 26
+        session.feed(0, 0, 50, None)
+        slots = session.prefill(0, 0, queries[:, query_heads], keys[:, kv_heads], None)
+        assert session.settle(0, None) == 26
         return slots
 
     whole = kept(slice(0, 4), slice(0, 2))
@@ -335,31 +436,14 @@ def test_layers_whose_scores_or_positions_would_be_wrong_are_refused(adapter, po
     adapter.H2OTrtllmAttention(0, 4, 8, 2, None, 1.0, None)
 
 
-def test_a_step_prepared_before_the_last_was_updated_is_refused(adapter):
-    engine = runtime(adapter, H2O)
-    request = LlmRequest(0, prompt_of(30), 20)
-    engine.waiting = [request]
-    engine.step()
-    engine.step()
-    batch = engine._schedule()
-    engine.prepare(batch)
-    _, sampled = engine.forward(batch)
-    engine._sample(batch, sampled)
-    following = engine._schedule()
-    engine.prepare(following)
-    with pytest.raises(UnsupportedError, match="disable_overlap_scheduler=True"):
-        engine.forward(following)
-
-
-def test_a_prompt_that_comes_in_chunks_is_refused(adapter):
-    engine = runtime(adapter, H2O)
+def test_a_prompt_whose_first_tokens_were_found_cached_is_refused(adapter):
+    engine = runtime(adapter, H2O, chunked=True)
     request = LlmRequest(0, prompt_of(30), 20)
     engine.waiting = [request]
     batch = engine._schedule()
     engine.prepare(batch)
-    request.tokens = request.tokens[:16]
-    engine.manager.impl.rewind_kv_cache(0, 14)
-    with pytest.raises(UnsupportedError, match="16 of 30 prompt tokens"):
+    request.context_current_position, request.context_chunk_size = 16, 14
+    with pytest.raises(UnsupportedError, match="expected token 0 of a prompt to be next, it is 16"):
         engine.forward(batch)
 
 
@@ -380,6 +464,7 @@ def test_rows_of_warm_up_and_padding_leave_real_requests_alone(adapter):
     engine.manager.impl.memory[:] = engine.manager.impl.memory.nan_to_num()
     engine.manager.impl.add_sequence(99, 10, 1, dummy)
     dummy.tokens.append(3)
+    dummy.state = LlmRequestState.GENERATION_IN_PROGRESS
     engine.running.insert(0, dummy)
     while request in engine.running:
         engine.step()

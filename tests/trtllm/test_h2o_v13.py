@@ -96,9 +96,13 @@ def test_pages_go_back_and_the_prompt_stays_untouched(adapter):
     assert request.py_num_compressed_tokens == 30 + 90 - 1 - (30 + BUDGET) - (90 - 1 - BUDGET) % INTERVAL
 
 
-def test_the_overlap_scheduler_is_refused(adapter):
-    with pytest.raises(UnsupportedError, match="disable_overlap_scheduler=True"):
-        runtime(adapter, executor=fake.OverlapExecutor).run(LlmRequest(0, prompt_of(30), 60))
+@pytest.mark.parametrize("running", [{"overlap": True}, {"chunked": True, "max_num_tokens": 12}])
+def test_overlap_and_chunked_prompts_change_no_token(adapter, running):
+    """A pinned prompt is never scored, and a round falls due by counts."""
+    jobs = [(prompt_of(n, seed=n), c) for n, c in [(40, 50), (9, 70), (33, 1), (25, 40)]]
+    engine = runtime(adapter, max_batch_size=3, running=running)
+    outputs = engine.run(*[LlmRequest(i, list(prompt), count) for i, (prompt, count) in enumerate(jobs)])
+    assert outputs == {i: embedded(prompt, count) for i, (prompt, count) in enumerate(jobs)}
 
 
 def test_a_suspended_cache_is_compacted_when_it_is_back(adapter):
@@ -110,14 +114,18 @@ def test_a_suspended_cache_is_compacted_when_it_is_back(adapter):
     cache = engine.manager.kv_cache_map[0]
     batch = engine._schedule()
     engine.prepare(batch)
-    metadata, sampled = engine.forward(batch)
-    engine._sample(batch, sampled)
+    done = (batch, *engine.forward(batch))
+    engine._move_on(done)
+    engine._append(done)
     cache.is_active = False
-    engine.update(batch, metadata)
+    engine.update(batch, done[1])
     assert request.py_num_compressed_tokens == 0, "the round was due"
     cache.is_active = True
     engine.step()
-    assert request.py_num_compressed_tokens == INTERVAL + 1
+    assert request.py_num_compressed_tokens == INTERVAL, "held before the next token, as if it had been in time"
+    while engine.running:
+        engine.step()
+    assert request.output == embedded(prompt_of(30), 60)
 
 
 def test_the_configuration_joins_the_union_and_leaves_the_others_alone(adapter):

@@ -1,7 +1,8 @@
-"""A small PyTorch-backend executor: one model, in-flight batching, and the order of calls TensorRT-LLM's loop has.
+"""A small PyTorch-backend executor: one model, in-flight batching, and the order of calls TensorRT-LLM's loops have.
 
 Per step: schedule, `prepare_resources`, metadata with *logical* cached counts, forward with rotation outside the
-operator at logical positions, sampling, ended requests freed, then `update_resources`. Weights are the embedded
+operator at logical positions, sampling, ended requests freed, then `update_resources`; under overlap the last three are
+those of the step before. Weights are the embedded
 engine's, loaded by its loader; attention and caching share nothing with it.
 """
 
@@ -27,7 +28,8 @@ from trtkit.spec.dtype import DType
 class LlmRequestState(enum.Enum):
     CONTEXT_INIT = 0
     GENERATION_IN_PROGRESS = 1
-    GENERATION_COMPLETE = 2
+    GENERATION_TO_COMPLETE = 2
+    GENERATION_COMPLETE = 3
 
 
 @dataclass(eq=False)
@@ -37,19 +39,22 @@ class LlmRequest:
     max_new_tokens: int
     prompt_len: int = 0
     output: list[int] = field(default_factory=list)
-    is_first_context_chunk: bool = True
+    stop_ids: tuple[int, ...] = ()
     is_dummy: bool = False
     py_num_compressed_tokens: int = 0
     state: LlmRequestState = LlmRequestState.CONTEXT_INIT
+    context_current_position: int = 0
+    context_chunk_size: int = 0
+    chunk_ends: list[int] = field(default_factory=list)
     ahead: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.prompt_len = self.prompt_len or len(self.tokens)
 
     @property
     def known(self):
         """Tokens the device knows: under overlap, more than the host does."""
         return self.tokens + self.ahead
-
-    def __post_init__(self):
-        self.prompt_len = self.prompt_len or len(self.tokens)
 
     @property
     def py_prompt_len(self):
@@ -59,10 +64,24 @@ class LlmRequest:
     def py_max_new_tokens(self):
         return self.max_new_tokens
 
+    @property
+    def is_first_context_chunk(self):
+        return self.context_current_position == 0
+
+    @property
+    def context_remaining_length(self):
+        return self.prompt_len - self.context_current_position
+
+    def move_to_next_context_chunk(self):
+        self.context_current_position += self.context_chunk_size
+        self.context_chunk_size = 0
+        self.chunk_ends.append(self.context_current_position)
+
     def pause(self):
         """Loses its cache: what was generated becomes part of the prompt."""
         self.max_new_tokens -= len(self.tokens) - self.prompt_len
         self.prompt_len = len(self.tokens)
+        self.context_current_position = self.context_chunk_size = 0
         self.state = LlmRequestState.CONTEXT_INIT
 
 
@@ -70,10 +89,16 @@ class LlmRequest:
 class ScheduledRequests:
     context_requests: list[LlmRequest]
     generation_requests: list[LlmRequest]
+    paused_requests: list[LlmRequest] = field(default_factory=list)
 
-    @property
-    def context_requests_last_chunk(self):
-        return self.context_requests
+    def __post_init__(self):
+        """Which prompts end with this step is known when it is scheduled, and asked for after it."""
+        self.context_requests_last_chunk = [
+            r for r in self.context_requests if r.context_chunk_size == r.context_remaining_length
+        ]
+
+    def all_requests(self):
+        return self.context_requests + self.generation_requests
 
 
 class Ranks:
@@ -147,28 +172,64 @@ class Model:
 
 
 class Executor:
-    """FCFS, MAX_UTILIZATION: who does not fit is paused, latest first."""
+    """First come, first served. `overlap` prepares and runs a step before the host hears of the last one's tokens.
 
-    def __init__(self, model, manager, metadata_class, *, max_batch_size=4, compression=None):
+    Capacity is MAX_UTILIZATION (who does not fit is paused, latest first) or GUARANTEED_NO_EVICT (nobody starts without
+    blocks for all it may ever need). With `chunked` a prompt takes what room a step of `max_num_tokens` has left.
+    """
+
+    def __init__(
+        self,
+        model,
+        manager,
+        metadata_class,
+        *,
+        max_batch_size=4,
+        max_num_tokens=8192,
+        compression=None,
+        overlap=False,
+        chunked=False,
+        capacity="MAX_UTILIZATION",
+    ):
         self.model, self.manager, self.metadata_class = model, manager, metadata_class
-        self.max_batch_size = max_batch_size
-        self.compression = compression
-        self.waiting, self.running = [], []
-        self.pauses, self.peak_running, self.held = 0, 0, []
+        self.max_batch_size, self.max_num_tokens = max_batch_size, max_num_tokens
+        self.compression, self.overlap, self.chunked, self.capacity = compression, overlap, chunked, capacity
+        self.waiting, self.running, self.last = [], [], None
+        self.pauses, self.peak_running, self.held, self.peak_blocks = 0, 0, [], 0
 
     def run(self, *requests):
         self.waiting = list(requests)
-        while self.waiting or self.running:
+        while self.waiting or self.running or self.last:
             self.step()
             self.manager.impl.check()
         return {request.py_request_id: request.output for request in requests}
 
     def step(self):
         batch = self._schedule()
-        self.prepare(batch)
-        metadata, sampled = self.forward(batch)
-        self._sample(batch, sampled)
-        self.update(batch, metadata)
+        for request in batch.paused_requests:
+            self.free(request)
+        current = None
+        if batch.all_requests():
+            self.prepare(batch)
+            self.peak_blocks = max(self.peak_blocks, self.manager.impl.used)
+            current = (batch, *self.forward(batch))
+        if self.overlap:
+            done, self.last = self.last, current
+            if done is not None:
+                self._append(done)
+            self._pause(batch)
+            if current is not None:
+                self._move_on(current)
+        else:
+            self._pause(batch)
+            done = current
+            if done is not None:
+                self._move_on(done)
+                self._append(done)
+        if done is not None:
+            # As upstream: ended requests are freed before the managers' update.
+            self._respond(done[0])
+            self.update(done[0], done[1])
         self.held.append(sum(self.manager.impl.num_tokens(r.py_request_id) for r in self.running))
 
     def prepare(self, batch):
@@ -178,67 +239,143 @@ class Executor:
         self.manager.update_resources(batch, metadata, 4)
 
     def metadata(self, batch):
-        requests = batch.context_requests + batch.generation_requests
-        contexts = len(batch.context_requests)
-        past_seen = [len(r.known) - 1 - r.py_num_compressed_tokens for r in batch.generation_requests]
+        requests, contexts = batch.all_requests(), batch.context_requests
+        chunks = [r.context_chunk_size for r in contexts]
+        past_seen = [r.context_current_position for r in contexts]
+        past_seen += [len(r.known) - 1 - r.py_num_compressed_tokens for r in batch.generation_requests]
         return self.metadata_class(
             max_num_sequences=self.max_batch_size,
             kv_cache_manager=self.manager,
             request_ids=[r.py_request_id for r in requests],
-            prompt_lens=[r.prompt_len for r in requests],
-            seq_lens=torch.tensor([len(r.tokens) for r in batch.context_requests] + [1] * len(requests[contexts:])),
-            num_contexts=contexts,
-            kv_cache_params=v12.KVCacheParams(use_cache=True, num_cached_tokens_per_seq=[0] * contexts + past_seen),
+            prompt_lens=chunks + [r.prompt_len for r in batch.generation_requests],
+            seq_lens=torch.tensor(chunks + [1] * len(batch.generation_requests)),
+            num_contexts=len(contexts),
+            kv_cache_params=v12.KVCacheParams(use_cache=True, num_cached_tokens_per_seq=past_seen),
+            runtime_features=v12.AttentionRuntimeFeatures(chunked_prefill=self.chunked),
         )
 
     def forward(self, batch):
         metadata = self.metadata(batch)
-        fed = [r.tokens for r in batch.context_requests] + [r.known[-1:] for r in batch.generation_requests]
-        starts = [0] * len(batch.context_requests) + [len(r.known) - 1 for r in batch.generation_requests]
+        starts = [r.context_current_position for r in batch.context_requests]
+        fed = [r.tokens[s : s + r.context_chunk_size] for r, s in zip(batch.context_requests, starts, strict=True)]
+        fed += [r.known[-1:] for r in batch.generation_requests]
+        starts += [len(r.known) - 1 for r in batch.generation_requests]
         positions = torch.cat([torch.arange(s, s + len(t)) for s, t in zip(starts, fed, strict=True)])
         metadata.prepare()
         ids = torch.tensor([token for tokens in fed for token in tokens])
-        return metadata, self.model.forward(ids, positions, metadata)
+        sampled = self.model.forward(ids, positions, metadata).argmax(-1).tolist()
+        ends = [*[r in batch.context_requests_last_chunk for r in batch.context_requests]]
+        ends += [True] * len(batch.generation_requests)
+        tokens = {
+            r: token
+            for r, token, end in zip(batch.all_requests(), sampled, ends, strict=True)
+            if end and not r.is_dummy
+        }
+        for request, token in tokens.items():
+            request.ahead.append(token)
+        return metadata, tokens
 
     def _schedule(self):
-        self._make_room()
-        generation = list(self.running)
-        context, free = [], len(self.manager.impl.free) - self._growing(generation)
-        while self.waiting and len(generation) + len(context) < self.max_batch_size:
-            needed = -(-(len(self.waiting[0].tokens) + 1) // self.manager.tokens_per_block)
-            if needed > free:
+        paused = self._make_room()
+        generation = [r for r in self.running if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
+        context = [r for r in self.running if r.state is LlmRequestState.CONTEXT_INIT]
+        room = self.max_num_tokens - len(generation)
+        for request in context:
+            room -= self._take(request, room)
+        free = len(self.manager.impl.free) - self._reserved(self.running)
+        while self.waiting and len(self.running) < self.max_batch_size:
+            request = self.waiting[0]
+            needed = self._blocks_to_start(request)
+            if needed > free or not self._take(request, room):
                 break
+            room -= request.context_chunk_size
             free -= needed
             context.append(self.waiting.pop(0))
-        self.running += context
+            self.running.append(request)
         self.peak_running = max(self.peak_running, len(self.running))
-        return ScheduledRequests(context, generation)
+        return ScheduledRequests([r for r in context if r.context_chunk_size], generation, paused)
+
+    def _take(self, request, room):
+        """Give a prompt its next chunk: whole blocks of what is left of the step, or all that is left of the prompt."""
+        left = request.context_remaining_length
+        if left <= room:
+            request.context_chunk_size = left
+        elif self.chunked:
+            request.context_chunk_size = room - room % self.manager.tokens_per_block
+        else:
+            assert left <= self.max_num_tokens, "a prompt above max_num_tokens is refused without chunked prefill"
+            request.context_chunk_size = 0
+        return request.context_chunk_size
+
+    def _blocks_to_start(self, request):
+        block = self.manager.tokens_per_block
+        if self.capacity == "GUARANTEED_NO_EVICT":
+            return -(-(request.prompt_len + request.max_new_tokens) // block)
+        return -(-(request.prompt_len + 1) // block)
+
+    def _reserved(self, requests):
+        """Blocks that running requests will still take: one step's, or all there are to completion."""
+        pool = self.manager.impl
+        if self.capacity == "GUARANTEED_NO_EVICT":
+            return sum(self._blocks_to_start(r) - len(pool.sequences[r.py_request_id][0]) for r in requests)
+        return self._growing(requests)
 
     def _growing(self, requests):
         pool = self.manager.impl
-        return sum(pool.num_tokens(r.py_request_id) % pool.tokens_per_block == 0 for r in requests)
+        growing = [r for r in requests if r.state is LlmRequestState.GENERATION_IN_PROGRESS]
+        steps = 2 if self.overlap else 1  # upstream looks two steps ahead
+        block = pool.tokens_per_block
+        return sum(
+            -(-(pool.num_tokens(r.py_request_id) + steps) // block) - len(pool.sequences[r.py_request_id][0])
+            for r in growing
+        )
 
     def _make_room(self):
-        while self._growing(self.running) > len(self.manager.impl.free):
+        paused = []
+        free = len(self.manager.impl.free)
+        while self._growing(self.running) > free:
             victim = self.running.pop()
-            self.free(victim)
-            victim.pause()
-            self.waiting.insert(0, victim)
+            free += len(self.manager.impl.sequences[victim.py_request_id][0])
+            paused.append(victim)
             self.pauses += 1
+        return paused
+
+    def _pause(self, batch):
+        for victim in batch.paused_requests:
+            if victim.state is not LlmRequestState.GENERATION_COMPLETE:
+                victim.pause()
+                self.waiting.insert(0, victim)
 
     def free(self, request):
         self.manager.free_resources(request)
 
-    def _sample(self, batch, sampled):
-        for request, row in zip(batch.context_requests + batch.generation_requests, sampled, strict=True):
-            token = int(row.argmax())
+    def _move_on(self, current):
+        """What is known once a step has been enqueued: where prompts stand, and who needs no further step."""
+        batch, _, tokens = current
+        for request in batch.context_requests:
+            request.move_to_next_context_chunk()
+        for request in tokens:
+            if request.state is LlmRequestState.GENERATION_COMPLETE:
+                continue
+            request.state = LlmRequestState.GENERATION_IN_PROGRESS
+            if self.overlap and len(request.known) - request.prompt_len >= request.max_new_tokens:
+                request.state = LlmRequestState.GENERATION_TO_COMPLETE
+
+    def _append(self, done):
+        """The host hears of a step's tokens; those of a request that has ended meanwhile are dropped."""
+        for request, token in done[2].items():
+            request.ahead.pop(0)
+            if request.state is LlmRequestState.GENERATION_COMPLETE:
+                continue
             request.tokens.append(token)
             request.output.append(token)
-            request.state = LlmRequestState.GENERATION_IN_PROGRESS
-            if len(request.tokens) - request.prompt_len == request.max_new_tokens:
+            if token in request.stop_ids or len(request.tokens) - request.prompt_len == request.max_new_tokens:
                 request.state = LlmRequestState.GENERATION_COMPLETE
+
+    def _respond(self, batch):
+        for request in batch.all_requests():
+            if request.state is LlmRequestState.GENERATION_COMPLETE and request in self.running:
                 self.running.remove(request)
-                # As upstream: ended requests are freed before the managers' update.
                 self.free(request)
 
 
@@ -246,10 +383,22 @@ class Executor:
 class Mapping:
     tp_size: int = 1
     pp_size: int = 1
+    rank: int = 0
 
 
 def build_v12(
-    spec, tensors, config, *, max_seq_len=256, tokens_per_block=4, blocks=256, max_batch_size=4, rank=0, ranks=None
+    spec,
+    tensors,
+    config,
+    *,
+    max_seq_len=256,
+    tokens_per_block=4,
+    blocks=256,
+    max_batch_size=4,
+    max_num_tokens=8192,
+    rank=0,
+    ranks=None,
+    **running,
 ):
     """The way 1.2 puts it together: classes come from the dispatch functions each module holds."""
     util = sys.modules[f"{v12.TORCH}.pyexecutor._util"]
@@ -261,7 +410,7 @@ def build_v12(
         manager_class = util.get_sparse_attn_kv_cache_manager(config)
         extra = {"sparse_attn_config": config}
     manager = manager_class(
-        v12.KvCacheConfig(enable_block_reuse=False),
+        v12.KvCacheConfig(enable_block_reuse=False, max_tokens=blocks * tokens_per_block),
         "SELF",
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads // (ranks.size if ranks else 1),
@@ -269,10 +418,11 @@ def build_v12(
         tokens_per_block=tokens_per_block,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
-        mapping=Mapping(),
+        mapping=Mapping(rank=rank, tp_size=ranks.size if ranks else 1),
         dtype=v12.DataType.FLOAT,
-        blocks=blocks,
+        max_num_tokens=max_num_tokens,
         **extra,
     )
     model = Model(spec, tensors, attention, max_seq_len, config, rank, ranks)
-    return Executor(model, manager, attention.Metadata, max_batch_size=max_batch_size)
+    options = {"max_batch_size": max_batch_size, "max_num_tokens": max_num_tokens, **running}
+    return Executor(model, manager, attention.Metadata, **options)

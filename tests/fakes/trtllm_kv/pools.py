@@ -59,6 +59,10 @@ class BlockPool:
     def get_primary_pool_data(self, layer_offset):
         return self.memory[:, layer_offset]
 
+    @property
+    def used(self):
+        return self.memory.shape[0] - len(self.free)
+
     def num_tokens(self, request_id):
         return self.sequences[request_id][1]
 

@@ -64,6 +64,7 @@ class KvCacheConfig(StrictBaseModel):
     enable_block_reuse: bool = True
     max_attention_window: list[int] | None = None
     host_cache_size: int | None = None
+    max_tokens: int | None = None
     tokens_per_block: int = 32
 
 
@@ -71,6 +72,13 @@ class KvCacheConfig(StrictBaseModel):
 class KVCacheParams:
     use_cache: bool
     num_cached_tokens_per_seq: list[int] | None = None
+
+
+@dataclass
+class AttentionRuntimeFeatures:
+    chunked_prefill: bool = False
+    cache_reuse: bool = False
+    has_speculative_draft_tokens: bool = False
 
 
 @dataclass(kw_only=True)
@@ -84,6 +92,7 @@ class TrtllmAttentionMetadata:
     seq_lens: torch.Tensor
     num_contexts: int
     kv_cache_params: KVCacheParams
+    runtime_features: AttentionRuntimeFeatures = field(default_factory=AttentionRuntimeFeatures)
     sparse_attention_config: Any = None
     prompt_lens_cpu: torch.Tensor = field(init=False)
     prompt_lens_cuda: torch.Tensor = field(init=False)
@@ -119,8 +128,14 @@ class TrtllmAttentionMetadata:
         self.kv_lens[: self.num_seqs] = cached + self.seq_lens.to(torch.int32)
         assert int(self.kv_lens.max()) <= self.kv_cache_manager.max_seq_len
         for row, request_id in enumerate(self.request_ids):
-            held = self.kv_cache_manager.impl.num_tokens(request_id)
-            assert int(self.kv_lens[row]) == held, f"attention sees {int(self.kv_lens[row])} tokens, the pool {held}"
+            held, length = self.kv_cache_manager.impl.num_tokens(request_id), int(self.kv_lens[row])
+            # Room for all of a prompt is there from its first chunk on; a decoding sequence has as many as it needs.
+            fits = length <= held if row < self.num_contexts else length == held
+            assert fits, f"attention sees {length} tokens, the pool {held}"
+            if row < self.num_contexts and length > int(self.seq_lens[row]):
+                assert self.runtime_features.chunked_prefill, (
+                    "context attention reads no cache without paged context FMHA"
+                )
         self.kv_cache_block_offsets = self.kv_cache_manager.block_offsets(self.request_ids)
 
 
@@ -179,7 +194,6 @@ class KVCacheManager:
         max_num_tokens=8192,
         model_config=None,
         max_beam_width=1,
-        blocks=64,
     ):
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.tokens_per_block = tokens_per_block
@@ -189,7 +203,9 @@ class KVCacheManager:
         self.num_kv_heads_per_layer = [num_kv_heads] * num_layers
         self.kv_factor = 2
         self.max_blocks_per_seq = -(-max_seq_len // tokens_per_block)
-        self.impl = BlockPool(blocks, num_layers, num_kv_heads, tokens_per_block, head_dim)
+        self.max_num_tokens = max_num_tokens
+        self.blocks_in_primary_pool = kv_cache_config.max_tokens // tokens_per_block
+        self.impl = BlockPool(self.blocks_in_primary_pool, num_layers, num_kv_heads, tokens_per_block, head_dim)
 
     def prepare_resources(self, scheduled_batch):
         for request in scheduled_batch.context_requests:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from fakes.trtllm_kv import v12
@@ -72,8 +72,12 @@ class KVCacheManagerV2(v12.KVCacheManager):
 
     def prepare_resources(self, scheduled_batch):
         for request in scheduled_batch.context_requests:
-            cache = self.kv_cache_map[request.py_request_id] = KVCache(self.impl, request.py_request_id)
-            cache.resize(request.prompt_len)
+            if request.is_first_context_chunk:
+                self.kv_cache_map[request.py_request_id] = KVCache(self.impl, request.py_request_id)
+            # V2 makes room chunk by chunk.
+            self.kv_cache_map[request.py_request_id].resize(
+                request.context_current_position + request.context_chunk_size
+            )
         for request in scheduled_batch.generation_requests:
             cache = self.kv_cache_map[request.py_request_id]
             cache.resize(cache.capacity + 1)
@@ -81,7 +85,7 @@ class KVCacheManagerV2(v12.KVCacheManager):
     def update_resources(self, scheduled_batch, attn_metadata=None, kv_cache_dtype_byte_size=None):
         for request in scheduled_batch.context_requests:
             if request.py_request_id in self.kv_cache_map:
-                self.kv_cache_map[request.py_request_id].history_length = request.prompt_len
+                self.kv_cache_map[request.py_request_id].history_length = request.context_current_position
         assert self.kv_compression_manages_history
 
     def free_resources(self, request, pin_on_release=False):
@@ -190,43 +194,12 @@ class CompressionExecutor(Executor):
         self.compression.free_resources(request)
 
 
-class OverlapExecutor(CompressionExecutor):
-    """Prepares and runs a step before the host hears of the last one's tokens."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.last = None
-
-    def step(self):
-        batch = self._schedule()
-        current = None
-        if batch.context_requests or batch.generation_requests:
-            self.prepare(batch)
-            current = (batch, *self.forward(batch))
-            for request, row in zip(batch.context_requests + batch.generation_requests, current[2], strict=True):
-                request.ahead.append(int(row.argmax()))
-        if self.last is not None:
-            batch, metadata, sampled = self.last
-            for request in batch.context_requests + batch.generation_requests:
-                request.ahead.pop(0)
-            self._sample(batch, sampled)
-            self.update(batch, metadata)
-        self.last = current
-        self.held.append(sum(self.manager.impl.num_tokens(r.py_request_id) for r in self.running))
-
-    def _schedule(self):
-        batch = super()._schedule()
-        batch.generation_requests[:] = [
-            r for r in batch.generation_requests if len(r.known) - r.prompt_len < r.max_new_tokens
-        ]
-        return batch
-
-
-def build_v13(util, attention, spec, tensors, config, *, executor=CompressionExecutor, late=False, **options):
-    """Manager first or compression first (`late`), as older and newer releases do."""
-    settings = {"tokens_per_block": 4, "blocks": 256, "max_seq_len": 256, "max_batch_size": 4, **options}
+def build_v13(util, attention, spec, tensors, config, *, late=False, running=None, **options):
+    """Manager first or compression first (`late`), as older and newer releases do; `running` is the executor's."""
+    settings = {"tokens_per_block": 4, "max_seq_len": 256, "max_batch_size": 4, **options}
+    blocks = settings.pop("blocks", 256)
     manager = KVCacheManagerV2(
-        v12.KvCacheConfig(enable_block_reuse=False),
+        v12.KvCacheConfig(enable_block_reuse=False, max_tokens=blocks * settings["tokens_per_block"]),
         "SELF",
         num_layers=spec.num_layers,
         num_kv_heads=spec.num_kv_heads,
@@ -243,5 +216,11 @@ def build_v13(util, attention, spec, tensors, config, *, executor=CompressionExe
             config, kv_cache_manager=manager, pretrained_config=object()
         )
     model = Model(spec, tensors, attention, settings["max_seq_len"])
-    batch = settings["max_batch_size"]
-    return executor(model, manager, v12.TrtllmAttentionMetadata, max_batch_size=batch, compression=compression)
+    return CompressionExecutor(
+        model,
+        manager,
+        v12.TrtllmAttentionMetadata,
+        max_batch_size=settings["max_batch_size"],
+        compression=compression,
+        **(running or {}),
+    )

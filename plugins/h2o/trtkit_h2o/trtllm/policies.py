@@ -23,7 +23,7 @@ class RequestPolicies:
         """
         self._spec = parse_kv_policy(label)
         self._max_seq_len = max_seq_len
-        self._tokens_per_block = tokens_per_block
+        self.tokens_per_block = tokens_per_block
         self._pin_prompt = pin_prompt
         self._built: dict[KVPolicySpec, EvictionPolicy] = {}
         if self._spec.is_full:
@@ -47,7 +47,7 @@ class RequestPolicies:
 
     def _build(self, spec: KVPolicySpec) -> EvictionPolicy:
         if spec not in self._built:
-            policy = load_policy(spec, max_seq_len=self._max_seq_len, default_interval=self._tokens_per_block)
+            policy = load_policy(spec, max_seq_len=self._max_seq_len, default_interval=self.tokens_per_block)
             assert policy is not None, "full was refused"
             self._built[spec] = policy
         return self._built[spec]

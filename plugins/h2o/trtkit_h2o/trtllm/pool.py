@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trtkit.spec.errors import UnsupportedError
-from trtkit_h2o.trtllm.session import Geometry
+from trtkit_h2o.trtllm.tracked import Geometry
 
 
 class ManagerPool:
@@ -38,8 +38,8 @@ class ManagerPool:
         """See `Pool.blocks`."""
         return cast("Sequence[int]", self._manager.get_batch_cache_indices([request_id])[0])
 
-    def geometry(self, max_sequences: int) -> Geometry:
-        """This rank's share of the model.
+    def geometry(self, max_sequences: int, max_chunk: int | None = None) -> Geometry:
+        """This rank's share of the model; see `Geometry` for `max_chunk`.
 
         Raises:
             UnsupportedError: the pool is shown as a copy, so that compaction would change nothing.
@@ -52,4 +52,5 @@ class ManagerPool:
             kv_heads=int(first.shape[2]),
             max_sequences=max_sequences,
             device=torch.device(first.device),
+            max_chunk=max_chunk,
         )

@@ -61,6 +61,11 @@ class StepRing:
         assert self._stored is not None, "nothing was written yet"
         return self._stored.index_select(1, self._places(slot, first_position, count, self._stored.device))
 
+    def read_layer(self, slot: int, layer: int, first_position: int, count: int) -> Tensor:
+        """The same of one layer, [count, Hq, D]."""
+        assert self._stored is not None, "nothing was written yet"
+        return self._stored[layer].index_select(0, self._places(slot, first_position, count, self._stored.device))
+
     def _place(self, slot: int, position: int) -> int:
         return slot * self.size + position % self.size
 

@@ -4,10 +4,10 @@ Importing this module registers it. That is how workers get it: the LLM API send
 pickle, and unpickling `H2OSparseAttentionConfig` imports this module there. Shapes: T tokens, Hq query heads,
 H KV heads, D head dim.
 
-One request: the prompt runs dense; `sparse_kv_predict` scores each layer and names what stays; the attention operator
-compacts in place; `update_resources` rewinds the sequence, which frees its tail blocks. While decoding,
-`sparse_attn_predict` only notes the query; every `interval` steps `update_resources` scores, compacts and rewinds.
-The runtime goes on counting logical tokens; `prepare` tells attention the shorter, physical length.
+One request: a piece of its prompt runs dense over what is cached; `sparse_kv_predict` scores each layer and names what
+stays; the attention operator compacts in place, after every piece. While decoding, `sparse_attn_predict` only notes the
+query; every `interval` steps the manager scores, compacts and rewinds, which frees tail blocks. The runtime goes on
+counting logical tokens; `prepare` tells attention the shorter, physical length.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from trtkit_h2o.trtllm.session import EvictionSession
 
 _OTHER_BACKENDS = ("get_vanilla_sparse_attn_attention_backend", "get_flashinfer_sparse_attn_attention_backend")
 _KV_TYPES = ("HALF", "BF16", "FLOAT")
+_MAX_NUM_TOKENS = 8192
+"""What `KVCacheManager` takes for the longest step where nothing is given."""
 _Indices = tuple[Tensor | None, Tensor | None]
 
 
@@ -58,13 +60,9 @@ class H2OTrtllmAttentionMetadata(TrtllmAttentionMetadata):  # type: ignore[misc]
         first = self.num_contexts
         rows = range(first, first + self.num_generations)
         for row in range(first):
-            if cached[row] and session.tracks(self.request_ids[row]):
-                raise UnsupportedError(
-                    f"H2O needs whole prompts, one came with {cached[row]} tokens cached: disable chunked prefill and "
-                    "block reuse"
-                )
+            session.feed(self.request_ids[row], cached[row], int(self.seq_lens[row]), self.kv_cache_manager.h2o_pool)
         session.aim([(self.request_ids[row], cached[row]) for row in rows])
-        for row in rows:
+        for row in range(first + self.num_generations):
             cached[row] -= session.evicted(self.request_ids[row])
         super().prepare()
         for row in rows:
@@ -90,20 +88,24 @@ class H2OTrtllmAttention(TrtllmAttention):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def sparse_kv_predict(self, q: Tensor, k: Tensor | None, metadata: Any, *_: Any, **__: Any) -> _Indices:  # noqa: ANN401
-        """What stays of the prompts that run now: slots [H, total kept] int32, ascending, and bounds [prompts + 1]."""
-        session, contexts = metadata.kv_cache_manager.h2o, metadata.num_contexts
+        """What stays of the sequences whose prompts run now: slots [H, total kept] int32, ascending, and bounds.
+
+        Slots count from a sequence's first cached token, which is how the operator addresses them.
+        """
+        manager, contexts = metadata.kv_cache_manager, metadata.num_contexts
         ids = metadata.request_ids[:contexts]
-        if not any(session.tracks(request_id) for request_id in ids):
+        if not any(manager.h2o.tracks(request_id) for request_id in ids):
             return None, None
         queries, keys = self._queries(q), self._keys(q, k)
-        layer = metadata.kv_cache_manager.layer_offsets[self.layer_idx]
-        lengths = [int(length) for length in metadata.context_lens[:contexts]]
-        kept, start = [], 0
-        for request_id, length in zip(ids, lengths, strict=True):
-            rows = slice(start, start + length)
-            chosen = session.prefill(request_id, layer, queries[rows], keys[rows])
-            kept.append(_everything(length, keys) if chosen is None else chosen)
-            start += length
+        layer = manager.layer_offsets[self.layer_idx]
+        cached = metadata.kv_cache_params.num_cached_tokens_per_seq
+        kept, lengths, start = [], [], 0
+        for row, request_id in enumerate(ids):
+            fed = slice(start, start + int(metadata.context_lens[row]))
+            chosen = manager.h2o.prefill(request_id, layer, queries[fed], keys[fed], manager.h2o_pool)
+            lengths.append(cached[row] + fed.stop - fed.start)
+            kept.append(_everything(lengths[-1], keys) if chosen is None else chosen)
+            start = fed.stop
         if all(part.shape[1] == length for part, length in zip(kept, lengths, strict=True)):
             return None, None
         selection = Selection.of(kept)
@@ -145,29 +147,39 @@ class H2OKVCacheManager(KVCacheManager):  # type: ignore[misc]
             tokens_per_block=kwargs["tokens_per_block"],
         )
         super().__init__(kv_cache_config, kv_cache_type, **kwargs)
-        self._h2o_pool = ManagerPool(self)
-        self.h2o = EvictionSession(policies, self._h2o_pool.geometry(kwargs["max_batch_size"]))
+        self.h2o_pool = ManagerPool(self)
+        chunk = kwargs.get("max_num_tokens", _MAX_NUM_TOKENS)
+        self.h2o = EvictionSession(policies, self.h2o_pool.geometry(kwargs["max_batch_size"], chunk))
+        self._requests: dict[int, Any] = {}
 
     def prepare_resources(self, scheduled_batch: Any) -> None:  # noqa: ANN401
-        """Room for the step's tokens; new prompts are announced to the session."""
+        """Room for the step's tokens, after what the last one owed; new prompts are announced to the session."""
+        self._settle()
         super().prepare_resources(scheduled_batch)
         for request in scheduled_batch.context_requests:
             if request.is_first_context_chunk:
                 limit = getattr(request, "max_new_tokens", None) or getattr(request, "py_max_new_tokens", None)
-                self.h2o.begin(request.py_request_id, request.prompt_len, limit)
+                self._requests[request.py_request_id] = request
+                self._drop(request, self.h2o.begin(request.py_request_id, request.prompt_len, limit))
 
     def update_resources(self, scheduled_batch: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """After the step: give back the tail of what was compacted. Requests that ended are known to nobody any more."""
+        """After a step: score, compact and give back tails, so that the scheduler finds the freed blocks.
+
+        Under the overlap scheduler the next step's kernels are in the stream already. They read the old lengths, so that
+        step counts too: it is settled here together with this one, in stream order.
+        """
         super().update_resources(scheduled_batch, *args, **kwargs)
-        for request in scheduled_batch.context_requests:
-            self._drop(request, self.h2o.end_prefill(request.py_request_id))
-        for request in scheduled_batch.generation_requests:
-            self._drop(request, self.h2o.end_step(request.py_request_id, self._h2o_pool))
+        self._settle()
 
     def free_resources(self, request: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """A request ended or was paused; paused ones start again from their first token."""
         self.h2o.forget(request.py_request_id)
+        self._requests.pop(request.py_request_id, None)
         return super().free_resources(request, *args, **kwargs)
+
+    def _settle(self) -> None:
+        for request_id in self.h2o.request_ids:
+            self._drop(self._requests[request_id], self.h2o.settle(request_id, self.h2o_pool))
 
     def _drop(self, request: Any, tokens: int) -> None:  # noqa: ANN401
         if tokens:

@@ -62,22 +62,32 @@ class H2OCompressionManager(KVCacheCompressionManager):  # type: ignore[misc]
         self._session().begin(request.py_request_id, request.py_prompt_len, request.py_max_new_tokens)
 
     def on_context_step_end(self, requests: Any, **_: Any) -> None:  # noqa: ANN401
-        """Prompts are in, whole: nothing of them is dropped."""
+        """Prompts are in: nothing of them is dropped."""
         for request in requests:
-            self._session().end_prefill(request.py_request_id)
+            self._session().prompt_stays(request.py_request_id)
 
     def on_generation_step_begin(self, scheduled_batch: Any, **_: Any) -> None:  # noqa: ANN401
-        """Say where this step's queries go."""
+        """Hold rounds that had to wait, and say where this step's queries go."""
+        self._settle(scheduled_batch.generation_requests)
+        for request in scheduled_batch.generation_requests:
+            self._session().prompt_stays(request.py_request_id)  # under overlap the step that fed it has not ended yet
         self._session().aim([(r.py_request_id, None) for r in scheduled_batch.generation_requests])
 
     def on_generation_step_end(self, scheduled_batch: Any, **_: Any) -> None:  # noqa: ANN401
-        """Count the step's tokens and hold the rounds that are due; native updates have run."""
-        for request in scheduled_batch.generation_requests:
+        """Hold the rounds that are due; native updates have run.
+
+        Under the overlap scheduler the next step's kernels are in the stream already and count too, as in `v12`.
+        """
+        self._settle(scheduled_batch.generation_requests)
+
+    def _settle(self, requests: Any) -> None:  # noqa: ANN401
+        session = self._session()
+        for request in requests:
             cache = self.kv_cache_manager.kv_cache_map.get(request.py_request_id)
             if cache is None:
                 continue
             pool = self._pool if cache.is_active else None  # a suspended cache is compacted once it is back
-            dropped = self._session().end_step(request.py_request_id, pool)
+            dropped = session.settle(request.py_request_id, pool)
             if dropped:
                 self._publish(request, cache, dropped)
 
