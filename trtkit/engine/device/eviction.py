@@ -20,14 +20,14 @@ from torch import Tensor
 
 from trtkit.engine.device.ledger import DeviceLedger
 from trtkit.engine.device.rings import NOWHERE, DeviceRings
+from trtkit.engine.device.scores import ALL, DeviceScores
 from trtkit.engine.device.segments import Segment, StepRow, cut
 from trtkit.engine.device.verdicts import Verdicts
 from trtkit.engine.device.watched import Planned, Watched
-from trtkit.engine.device.window import visible_lse
 from trtkit.engine.eviction_rules import EvictionRules, PieceRule, beside_decodes, due
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence
-from trtkit.kernels.paged import compact_layers, score_layers
+from trtkit.kernels.paged import compact_layers
 from trtkit.kv.policy import Budget, EvictionPolicy
 from trtkit.spec.errors import EngineError, UnsupportedError
 from trtkit.spec.kv import KVPolicySpec
@@ -39,7 +39,6 @@ RING_QUERIES = 16
 would read all keys twice as often (docs/h2o.md)."""
 _MIN_PIECE = 256
 _PIECES_PER_BUDGET = 8
-_ALL = slice(None)
 
 
 def device_piece(budget: Budget, limits: Limits) -> int:
@@ -80,7 +79,6 @@ class DeviceEviction:
         policy = self._rules.policy(spec)
         self.ring_size = ring_queries if ring_queries is not None else 0 if policy is None else _ring_need(policy)
         self._watched: dict[Sequence, Watched] = {}
-        self._weights: dict[float, Tensor] = {}
 
     def attach(self, storage: Tensor, max_batch_size: int, *, dtype: torch.dtype | None = None) -> None:
         """Take the cache, [L, blocks, 2, H, tokens_per_block, D], and allocate everything that must not move.
@@ -94,7 +92,7 @@ class DeviceEviction:
         self._storage = storage
         self.rings = DeviceRings(self._model, max_batch_size, self.ring_size, dtype or storage.dtype, device)
         self._verdicts = Verdicts(max_batch_size, device)
-        self._counting = torch.arange(self._limits.max_seq_len + 1, dtype=torch.int32, device=device)
+        self._scores = DeviceScores(storage, self.rings, self._limits)
 
     def admit(self, sequence: Sequence) -> None:
         """See `LayerObserver.admit`.
@@ -159,14 +157,14 @@ class DeviceEviction:
         if watched is None or watched.plan is None:
             return
         if watched.unlisted:
-            self._flush(watched, row, row.position)
+            self._scores.flush(watched, row.table, row.position)
         layers, first = slice(layer, layer + 1), row.position + segment.start
-        watched.ledger.open(layers, segment.cached_before, self._counting[first : first + segment.count])
+        self._scores.open(watched, layers, segment.cached_before, first, segment.count)
         queries = watched.policy.watch.queries
         if queries == "all":
-            self._score(watched, layers, (q_THD[None], lse_TH[None]), row, segment.live, first)
+            self._scores.add(watched, layers, (q_THD[None], lse_TH[None]), row.table, segment.live, first)
         elif queries == "last":
-            self._look(watched, layer, watched.plan[segment.start], row, q_THD, lse_TH)
+            self._look(watched, layer, row, watched.plan[segment.start], q_THD, lse_TH)
         if segment.evict_to is not None:
             self._shrink(watched, layers, row, segment.live, first + segment.count)
 
@@ -218,13 +216,13 @@ class DeviceEviction:
         watched.pending += watched.policy.watch.queries == "all"
         evicts = row.ends_piece and due(sequence.num_tokens, sequence.prompt_len, sequence.cache_len, budget)
         if evicts or (watched.pending and watched.pending == self.ring_size):
-            self._flush(watched, row, sequence.num_tokens)
+            self._scores.flush(watched, row.table, sequence.num_tokens)
         if not evicts:
             return
         live = watched.ledger.length
         if watched.window:
-            self._look_through_ring(watched, _ALL, row, live, sequence.num_tokens, watched.evicted_at)
-        self._shrink(watched, _ALL, row, live, sequence.num_tokens)
+            self._scores.look_through_ring(watched, ALL, row.table, live, sequence.num_tokens, watched.evicted_at)
+        self._shrink(watched, ALL, row, live, sequence.num_tokens)
         watched.ledger.length = budget.tokens
         watched.evicted_at = sequence.num_tokens
         self._rules.record(sequence, budget, [live - budget.tokens], budget.tokens)
@@ -239,104 +237,22 @@ class DeviceEviction:
         if evicted:
             self._rules.record(watched.sequence, watched.policy.budget, evicted, segments[-1].left)
 
-    def _flush(self, watched: Watched, row: StepRow, num_tokens: int) -> None:
-        """Bring waiting tokens and queries of all layers into the ledger; `num_tokens` were fed so far."""
-        ledger = watched.ledger
-        if watched.unlisted:
-            first = num_tokens - watched.unlisted
-            ledger.open(_ALL, ledger.length, self._counting[first:num_tokens])
-            ledger.length += watched.unlisted
-            watched.unlisted = 0
-        if watched.pending:
-            places = self.rings.places(watched.slot, 0, watched.pending)
-            waiting = (self.rings.queries_LPHD[:, places], self.rings.lse_LPH[:, places])
-            self._score(watched, _ALL, waiting, row, ledger.length, num_tokens - watched.pending)
-            watched.pending = 0
-
-    def _score(
-        self, watched: Watched, layers: slice, queries: tuple[Tensor, Tensor], row: StepRow, live: int, first: int
-    ) -> None:
-        """Add the mass that consecutive queries ([L, T, Hq, D] and their log-sum-exps) from `first` on give."""
-        heads_LTHD, lse_LTH = queries
-        count = heads_LTHD.shape[1]
-        decay = watched.policy.watch.decay
-        score_layers(
-            heads_LTHD,
-            lse_LTH,
-            self._query_weights(decay, count),
-            self._storage,
-            row.table,
-            live,
-            watched.ledger.positions(layers, live),
-            self._counting[first : first + count],
-            layers=layers,
-            out=watched.ledger.mass(layers, live),
-            carry=decay**count,
-        )
-
     def _look(
-        self, watched: Watched, layer: int, planned: Planned, row: StepRow, q_THD: Tensor, lse_TH: Tensor
+        self, watched: Watched, layer: int, row: StepRow, planned: Planned, q_THD: Tensor, lse_TH: Tensor
     ) -> None:
         """A segment of a prompt whose policy looks through a window: keep its last queries, look if a round is due."""
-        segment, window = planned.segment, watched.window
+        segment, scores, layers = planned.segment, self._scores, slice(layer, layer + 1)
         end = row.position + segment.start + segment.count
-        count = min(segment.count, window)
-        if planned.stores or count < window:
-            self._store(watched, layer, end - count, q_THD[-count:], lse_TH[-count:])
+        count = min(segment.count, watched.window)
+        if planned.stores or count < watched.window:
+            scores.store(watched, layer, end - count, q_THD[-count:], lse_TH[-count:])
         if segment.evict_to is None:
             return
-        layers = slice(layer, layer + 1)
-        if count < window:
-            self._look_through_ring(watched, layers, row, segment.live, end, planned.evicted_at)
-            return
-        last = (q_THD[None, -count:], lse_TH[None, -count:])
-        self._replace(watched, layers, last, row, segment.live, self._counting[end - count : end])
-
-    def _store(self, watched: Watched, layer: int, first: int, q_THD: Tensor, lse_TH: Tensor) -> None:
-        """Queries at consecutive positions from `first` on, to their places modulo the window."""
-        start = first % watched.window
-        before_wrap = min(q_THD.shape[0], watched.window - start)
-        for place, part in ((start, slice(0, before_wrap)), (0, slice(before_wrap, q_THD.shape[0]))):
-            if part.start < part.stop:
-                places = self.rings.places(watched.slot, place, part.stop - part.start)
-                self.rings.queries_LPHD[layer, places] = q_THD[part]
-                self.rings.lse_LPH[layer, places] = lse_TH[part]
-
-    def _look_through_ring(
-        self, watched: Watched, layers: slice, row: StepRow, live: int, num_tokens: int, evicted_at: int | None
-    ) -> None:
-        """Set the mass to what the last window of queries, all in the ring, gives to the keys as they are now."""
-        count = min(watched.window, num_tokens)
-        first = num_tokens - count
-        places = self.rings.places(watched.slot, 0, count)
-        queries, lse = self.rings.queries_LPHD[layers, places], self.rings.lse_LPH[layers, places]
-        asked = _rotated(self._counting[first:num_tokens], first % watched.window)
-        if evicted_at is not None and first < evicted_at:
-            # Some of these queries attended to keys that are gone.
-            positions = watched.ledger.positions(layers, live)
-            lse = visible_lse(queries, self._storage[layers], row.table, live, positions, asked)
-        self._replace(watched, layers, (queries, lse), row, live, asked)
-
-    def _replace(
-        self, watched: Watched, layers: slice, queries: tuple[Tensor, Tensor], row: StepRow, live: int, asked: Tensor
-    ) -> None:
-        """Set the live mass to what queries at the positions `asked` give."""
-        count = asked.shape[0]
-        watch = watched.policy.watch
-        weights = self._query_weights(watch.decay, count)
-        if watch.decay != 1.0:
-            weights = weights[(asked - asked.min()).long()]
-        score_layers(
-            *queries,
-            weights,
-            self._storage,
-            row.table,
-            live,
-            watched.ledger.positions(layers, live),
-            asked,
-            layers=layers,
-            out=watched.ledger.mass(layers, live),
-        )
+        if count < watched.window:
+            scores.look_through_ring(watched, layers, row.table, segment.live, end, planned.evicted_at)
+        else:
+            last = (q_THD[None, -count:], lse_TH[None, -count:])
+            scores.look(watched, layers, last, row.table, segment.live, scores.positions(end - count, count))
 
     def _shrink(self, watched: Watched, layers: slice, row: StepRow, live: int, num_tokens: int) -> None:
         """Leave the policy's choice in front, in the cache and in the ledger."""
@@ -366,25 +282,10 @@ class DeviceEviction:
                 return keep
         return torch.arange(budget, device=self._storage.device).expand(shape)
 
-    def _query_weights(self, decay: float, count: int) -> Tensor:
-        """Weight of each of `count` consecutive queries, oldest first; a view. fp32 [count]."""
-        stored = self._weights.get(decay)
-        if stored is None:
-            longest = max(self._limits.max_num_tokens, self._limits.max_seq_len)
-            age = torch.arange(longest - 1, -1, -1, dtype=torch.float32, device=self._storage.device)
-            stored = self._weights[decay] = torch.pow(decay, age)
-        return stored[stored.shape[0] - count :]
-
 
 def _ring_need(policy: EvictionPolicy) -> int:
     """Ring places that a policy needs, or is best served with."""
     return {"none": 0, "all": RING_QUERIES, "last": policy.watch.window}[policy.watch.queries]
-
-
-def _rotated(asked: Tensor, start: int) -> Tensor:
-    """Consecutive positions in the order of ring places, the first of them at place `start`."""
-    count = asked.shape[0]
-    return asked if start == 0 else torch.cat((asked[count - start :], asked[: count - start]))
 
 
 def _check_form(keep: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
