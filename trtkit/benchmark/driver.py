@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 from trtkit.benchmark.load import Clock, LoadGenerator, Sleep, poisson_arrivals_ns
 from trtkit.spec.engine import Engine, FinishReason, KVStats, Request, TokenEvent
@@ -111,6 +112,7 @@ def run_repeat(
 
 
 def since(before: KVStats, after: KVStats) -> KVStats:
-    """`after`, with the counters that only grow reduced to what they grew by."""
-    grown = {name: getattr(after, name) - getattr(before, name) for name in _COUNTERS}
+    """`after`, with the counters that only grow reduced to what they grew by; unknown ones stay unknown."""
+    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _COUNTERS}
+    grown: dict[str, Any] = {name: None if None in pair else pair[1] - pair[0] for name, pair in pairs.items()}
     return replace(after, **grown)

@@ -28,7 +28,7 @@ class Generated:
     text: str | None
     finish: FinishReason
     kv_policy: str
-    evictions: int
+    evictions: int | None
     elapsed_ms: float
 
     @property

@@ -79,9 +79,9 @@ def _count_evictions(
     resumed: bool,
 ) -> None:
     """Add this run's evictions; a text was acted on if it outgrew the budget (kept texts evicted in their own run)."""
-    evictions = max(0, stats[1].evictions - stats[0].evictions)
+    evictions = max(0, (stats[1].evictions or 0) - (stats[0].evictions or 0))
     scoring.counts.evictions += evictions
-    scoring.counts.tokens_evicted += max(0, stats[1].tokens_evicted - stats[0].tokens_evicted)
+    scoring.counts.tokens_evicted += max(0, (stats[1].tokens_evicted or 0) - (stats[0].tokens_evicted or 0))
     policy = scoring.info.kv_policy
     if policy.is_full or (evictions == 0 and not resumed):
         return

@@ -61,6 +61,7 @@ def _subtitle(found: tuple[Configuration, ...]) -> str:
 def _fidelity_notes(found: tuple[Configuration, ...]) -> tuple[str, ...]:
     texts = {
         KVFidelity.PREFILL_ONLY.value: "the policy acts after the prompt only; what decoding adds is never evicted",
+        KVFidelity.GENERATED_ONLY.value: "all of a prompt is kept and the budget counts generated tokens only",
         KVFidelity.WINDOW_ONLY.value: "only sinks and a recent window are kept; this is not the policy asked for",
     }
     return tuple(

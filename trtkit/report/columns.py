@@ -144,6 +144,8 @@ def _kv_title(policy: KVPolicySpec, fidelity: KVFidelity) -> str:
         return f"sinks + window {amount}, in place of {name}"
     if fidelity is KVFidelity.PREFILL_ONLY:
         return f"{name} {amount}, prefill only"
+    if fidelity is KVFidelity.GENERATED_ONLY:
+        return f"{name} {amount} of generated tokens, prompt kept"
     return f"{name} {amount}"
 
 

@@ -6,7 +6,7 @@ computes every latency whatever the backend.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, runtime_checkable
@@ -70,7 +70,8 @@ class KVStats:
     """The block pool, now and at its peak. `block_bytes` covers keys and values of all layers.
 
     `evictions` counts rounds over all requests, `tokens_evicted` and `blocks_freed` what they released (tokens
-    are per sequence: every KV head drops as many), `side_bytes` what a policy stores besides keys and values.
+    are per sequence: every KV head drops as many), each None where the runtime does not tell; `side_bytes` is what a
+    policy stores besides keys and values.
     """
 
     tokens_per_block: int
@@ -82,9 +83,9 @@ class KVStats:
     requests_waiting: int = 0
     requests_peak: int = 0
     preemptions: int = 0
-    evictions: int = 0
-    tokens_evicted: int = 0
-    blocks_freed: int = 0
+    evictions: int | None = 0
+    tokens_evicted: int | None = 0
+    blocks_freed: int | None = 0
     side_bytes: int = 0
 
 
@@ -93,6 +94,7 @@ class EngineInfo:
     """What an opened engine is: sizes in bytes per rank, limits as they took effect.
 
     `notes` say, one line each, what does not run as it should, such as a kernel that fell back to plain torch.
+    `device_memory` splits a GPU's bytes after opening, by what holds them; empty where nobody can tell.
     """
 
     target: str
@@ -107,6 +109,7 @@ class EngineInfo:
     eos_ids: tuple[int, ...] = ()
     pid: int | None = None
     notes: tuple[str, ...] = ()
+    device_memory: Mapping[str, int] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -20,11 +20,15 @@ _ROUNDING = 1e-6
 
 
 class KVFidelity(str, Enum):
-    """How closely a backend carries out the policy that was asked for."""
+    """How closely a backend carries out the policy that was asked for.
+
+    GENERATED_ONLY keeps all of a prompt and lets the budget count generated tokens alone.
+    """
 
     EXACT = "exact"
     PREFILL_ONLY = "prefill_only"
     WINDOW_ONLY = "window_only"
+    GENERATED_ONLY = "generated_only"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,6 +80,8 @@ def test_a_policy_that_never_evicted_is_not_called_by_its_name() -> None:
     assert status(GOOD, "kv_policy_acted", kv=parse_kv_policy("h2o:4,interval=3")) == "fail"
     assert status(GOOD, "kv_policy_acted", kv=parse_kv_policy("h2o:4,interval=4")) == "warn"
     assert status(GOOD, "kv_policy_acted", kv=parse_kv_policy("h2o:8")) == "warn"
+    silent = repeat(*GOOD.samples, evictions=None, tokens_evicted=None)
+    assert status(silent, "kv_policy_acted", kv=h2o) == "warn", "unknown is neither acted nor not"
 
 
 def test_nothing_completed_skips_what_needs_requests() -> None:

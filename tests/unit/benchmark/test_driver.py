@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 import pytest
 from support.fake_engine import FakeEngine, FakeScript
 
-from trtkit.benchmark.driver import Timing, run_repeat
+from trtkit.benchmark.driver import Timing, run_repeat, since
 from trtkit.benchmark.metrics import compute_metrics
-from trtkit.spec.engine import Request, TokenEvent
+from trtkit.spec.engine import KVStats, Request, TokenEvent
 from trtkit.spec.workload import Workload
 
 STEP_MS, PREFILL_MS = 1.0, 0.1
@@ -71,6 +71,13 @@ def test_counters_of_the_pool_cover_the_repeat_alone() -> None:
     assert first.kv.evictions == second.kv.evictions > 0
     assert first.kv.tokens_evicted == second.kv.tokens_evicted > 0
     assert engine.kv_stats().tokens_evicted == 2 * first.kv.tokens_evicted
+
+
+def test_a_counter_the_runtime_does_not_tell_stays_unknown() -> None:
+    pool = {"tokens_per_block": 4, "block_bytes": 1, "blocks_total": 9, "blocks_used": 0, "blocks_peak": 0}
+    before = KVStats(**pool, evictions=None, preemptions=1)
+    grown = since(before, KVStats(**pool, evictions=5, preemptions=3))
+    assert (grown.evictions, grown.preemptions) == (None, 2)
 
 
 def test_progress_counts_ended_requests() -> None:

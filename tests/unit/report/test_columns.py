@@ -48,6 +48,7 @@ def test_every_record_belongs_to_exactly_one_configuration() -> None:
         (KVFidelity.EXACT, "window:25%", "KV-pruned (sinks + window 25 %)"),
         (KVFidelity.EXACT, "mine:25%", "KV-pruned (mine 25 %)"),
         (KVFidelity.PREFILL_ONLY, "h2o:50%", "KV-pruned (H2O 50 %, prefill only)"),
+        (KVFidelity.GENERATED_ONLY, "h2o:50%", "KV-pruned (H2O 50 % of generated tokens, prompt kept)"),
         (KVFidelity.WINDOW_ONLY, "h2o:50%", "KV-pruned (sinks + window 50 %, in place of H2O)"),
         (KVFidelity.WINDOW_ONLY, "window:50%", "KV-pruned (sinks + window 50 %)"),
     ],
