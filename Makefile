@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help install test lint types layers unit docs-check docs demo tiny-model bench-convert bench-engine clean
+.PHONY: help install test lint types layers unit docs-check docs demo tiny-model bench-convert bench-engine bench-gpu-rehearsal clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ bench-convert: install ## Converter speed and memory against cp
 
 bench-engine: install ## Embedded engine against transformers, side by side
 	$(BIN)/python bench/engine_vs_transformers.py
+
+bench-gpu-rehearsal: install ## What runs on a GPU box, on this CPU with tiny shapes and without rates
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 bash bench/gpu/one_call.sh results/gpu-rehearsal --limit-s 300 --rehearse
 
 clean: ## Remove what builds and runs leave (not .venv)
 	rm -rf builds/*.engine builds/*.engine.partial results .pytest_cache .mypy_cache .ruff_cache .hypothesis dist

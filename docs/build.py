@@ -2,6 +2,7 @@
 
 docs/cli.md    every command's --help, and the exit codes
 docs/metrics.md    every metric's definition
+docs/gpu.md    the marked parts: limits, memory, and what bench/results/gpu-*.json hold
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.gpu import page
 from trtkit.cli.app import COMMANDS
 from trtkit.spec.errors import EXIT_CODES
 from trtkit.spec.metrics import METRICS, MIN_SAMPLES
@@ -46,9 +50,14 @@ def metrics_page() -> str:
     )
 
 
+def gpu_page() -> str:
+    """docs/gpu.md: its prose is written by hand, its tables are made here."""
+    return page.filled((DOCS / "gpu.md").read_text(encoding="utf-8"))
+
+
 def main() -> int:
     """Write the pages, or compare them with what is there."""
-    pages = {DOCS / "cli.md": cli_page(), DOCS / "metrics.md": metrics_page()}
+    pages = {DOCS / "cli.md": cli_page(), DOCS / "metrics.md": metrics_page(), DOCS / "gpu.md": gpu_page()}
     if "--check" in sys.argv[1:]:
         stale = [p.name for p, text in pages.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
         if stale:

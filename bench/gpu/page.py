@@ -1,0 +1,249 @@
+"""The tables of docs/gpu.md: limits, predictions and memory counted now; measured numbers only from records of a GPU.
+
+    python3 bench/gpu/page.py keep OUT_DIR NAME     # put a run's records under bench/results/gpu-NAME-*.json
+
+`docs/build.py` puts the tables between the page's markers. Without a record the page says that nothing was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench.gpu.forecast import cell_numbers, datasheet_limits, running_batch
+from bench.gpu.llama70b import ROWS, cell_plan, default_rows, plan_of, real_scale
+from bench.gpu.memory import memory_rows, most_in_flight
+from bench.gpu.summary import STAGE_FILES, cell_values, cells_of, load, memory_line, problem
+from trtkit.benchmark.shares import floor, multiply_limit
+from trtkit.plan.cost import cost_per_million
+from trtkit.plan.prices import load_prices
+from trtkit.plan.work import prefill_flops
+from trtkit.spec.catalog import gpu_spec
+from trtkit.spec.dtype import DType
+from trtkit.spec.plan import BuildPlan
+from trtkit.spec.quant import QuantSpec, quant_for
+from trtkit.spec.units import GB, MS_PER_S
+from trtkit.spec.workload import Workload
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+GPUS = ("h100-sxm", "h200")
+NOTHING = (
+    "**Nothing on this page has been measured on a GPU yet.** No GPU was at hand when this was written; the records that "
+    "`bench/gpu/one_call.sh` leaves will replace this sentence."
+)
+_MARK = re.compile(r"(<!-- begin: ([a-z]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+_COLUMNS = (
+    *("TTFT ms", "of ceiling", "TPOT ms", "step ms", "repeats", "floor ms", "step of ceiling", "of datasheet"),
+    *("predicted ms", "tok/s", "USD/1M", "in flight", "evicted", "VRAM GiB", "valid"),
+)
+
+
+def filled(text: str) -> str:
+    """The page with each marked part made anew.
+
+    Raises:
+        KeyError: a marker names a part that does not exist.
+    """
+    parts = {"measured": measured, "floors": floor_tables, "memory": memory_table, "levers": lever_table}
+    return _MARK.sub(lambda match: f"{match[1]}{parts[match[2]]()}\n{match[3]}", text)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def records(results: Path = RESULTS) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Committed records of real runs; a rehearsal's is never among them."""
+    found = []
+    for path in sorted(results.glob("gpu-*.json")):
+        record = load(path)
+        if record is not None and not record.get("rehearsal", True):
+            found.append((path, record))
+    return found
+
+
+def measured(results: Path = RESULTS) -> str:
+    """Every committed record: cells as a table, other stages as their own lines."""
+    found = records(results)
+    if not found:
+        return NOTHING
+    parts = []
+    for path, record in found:
+        link = f"[{path.stem}](../bench/results/{path.name})"
+        if path.stem.endswith("llama70b"):
+            parts.append(f"### {link}\n\n{_where(record)}\n\n{cells_table(record)}")
+        else:
+            body = "\n".join(record.get("lines") or ["(no lines)"])
+            parts.append(f"### {link}\n\n```text\n{body}\n```")
+    return "\n\n".join(parts)
+
+
+def cells_table(record: Mapping[str, Any]) -> str:
+    """Measured cells with their floors and predictions; below it, what was not run or is not valid."""
+    rows = []
+    for row, cell in cells_of(record):
+        if cell.get("result"):
+            values = cell_values(cell)
+            rows.append([row["label"], cell["name"], *(values[key] for key in _COLUMNS)])
+    text = markdown(["row", "cell", *_COLUMNS], rows)
+    notes = [f"- {row['label']} {cell['name']}: {why}" for row, cell in cells_of(record) if (why := problem(cell))]
+    notes += [f"- {row['label']}: {memory_line(row)}" for row in record.get("rows", ()) if row.get("memory")]
+    return "\n".join([text, "", *notes]).rstrip()
+
+
+def _where(record: Mapping[str, Any]) -> str:
+    environment = next((row["environment"] for row in record.get("rows", ())), {})
+    gpu, versions = environment.get("gpu", {}), environment.get("versions", {})
+    known = [
+        f"{gpu.get('name', record.get('gpu'))}, driver {gpu.get('driver', 'unknown')}",
+        *(f"{name} {versions[name]}" for name in ("torch", "triton") if name in versions),
+        f"commit {environment.get('trtkit_commit')}",
+        environment.get("started_utc", ""),
+    ]
+    return f"Measured on {', '.join(filter(None, known))}. Shares and floors are modeled from measured ceilings."
+
+
+def floor_tables() -> str:
+    """Datasheet floors and predictions of every row and cell."""
+    parts = []
+    for gpu in GPUS:
+        scale = real_scale(gpu)
+        rows = []
+        for key in default_rows(scale):
+            plan = plan_of(key, scale)
+            for name in sorted(ROWS[key].cells, key=_by_load):
+                _, sheet, predicted = cell_numbers(plan, cell_plan(name, scale).workload, {})
+                assert sheet is not None
+                assert predicted is not None
+                rows.append(
+                    [
+                        ROWS[key].label,
+                        name,
+                        str(sheet.batch),
+                        f"{sheet.ttft_ms.value:.0f}" if sheet.ttft_ms else "-",
+                        f"{predicted.ttft_ms.value:.0f}" if predicted.ttft_ms else "-",
+                        f"{sheet.step_ms.value:.2f}",
+                        f"{predicted.step_ms.value:.2f}",
+                        f"{sheet.tps.value:,.0f}",
+                        f"{predicted.tps.value:,.0f}",
+                    ]
+                )
+        head = ["row", "cell", "in flight (modeled)", "TTFT ms: floor", "predicted", "step ms: floor", "predicted"]
+        parts.append(f"### {gpu_spec(gpu).title}\n\n" + markdown([*head, "tok/s: ceiling", "predicted"], rows))
+    return "\n\n".join(parts)
+
+
+def _by_load(name: str) -> tuple[int, int]:
+    load, _, length = name.partition("-")
+    return int(length[3:]), int(load[1:])
+
+
+def memory_table() -> str:
+    """What `trtkit plan` and this engine's own model say an H100 holds, in GB."""
+    rows = []
+    for gpu in GPUS:
+        scale = real_scale(gpu)
+        for key in default_rows(scale):
+            plan = plan_of(key, scale)
+            found = {name: entry.value / GB for name, entry in memory_rows(plan).items()}
+            other = found["model.activations"] + found["model.workspace"] + found["model.context"]
+            rows.append(
+                [
+                    gpu,
+                    ROWS[key].label,
+                    f"{found['plan.weights']:.2f}",
+                    f"{found['plan.activations'] + found['plan.runtime']:.2f}",
+                    f"{found['plan.kv_pool']:.2f}",
+                    f"{other:.2f}",
+                    f"{found['model.kv_pool']:.2f}",
+                    str(most_in_flight(plan, 4096 + 256)),
+                ]
+            )
+    head = ["GPU", "row", "weights (exact)", "`trtkit plan`: activations + runtime", "its pool"]
+    return markdown([*head, "this engine: other than weights", "its pool", "requests of 4,352 tokens"], rows)
+
+
+def lever_table() -> str:
+    """What else moves tokens per dollar on one H100: datasheet floors with one thing changed at a time."""
+    rows = []
+    for name, plan, cached, quality in _levers():
+        one, long = (cell_plan(cell, real_scale(plan.gpu)).workload for cell in ("c1-isl512", "c32-isl4096"))
+        step_ms = _floor(plan, one, 0)[1]
+        ttft_ms, _, tok_s = _floor(plan, long, cached)
+        fit = str(running_batch(plan, long))
+        rows.append([name, f"{step_ms:.2f}", f"{ttft_ms:.0f}", fit, f"{tok_s:,.0f}", f"{_usd(tok_s):.2f}", quality])
+    head = ["change", "step ms, batch 1 at 512", "TTFT ms at 4,096", "of 32 requests of 4,096/256 in flight"]
+    return markdown([*head, "their tok/s", "USD per 1M output tokens", "quality"], rows)
+
+
+def _levers() -> list[tuple[str, BuildPlan, int, str]]:
+    scale = real_scale("h100-sxm")
+    int8, h2o = plan_of("int8", scale), plan_of("int8-h2o", scale)
+
+    def quant(changed: QuantSpec) -> BuildPlan:
+        return replace(int8, quant=changed)
+
+    return [
+        ("INT8 (the row above)", int8, 0, "measured per model with `trtkit gate`"),
+        ("H2O, half the cache", h2o, 0, "needs evidence: `trtkit gate` with recall tasks"),
+        ("FP8 cache", quant(int8.quant.with_kv(DType.FP8)), 0, "needs evidence: `trtkit gate`"),
+        ("FP8 weights and operands", quant(quant_for("fp8-rowwise")), 0, "needs evidence: `trtkit gate`"),
+        ("INT4 weights (AWQ), not built for this engine", quant(quant_for("int4-awq")), 0, "needs evidence: the most"),
+        ("prefix reuse, 3,584 of 4,096 tokens found", int8, 3584, "none: the same numbers are computed once"),
+    ]
+
+
+def _floor(plan: BuildPlan, workload: Workload, cached: int) -> tuple[float, float, float]:
+    """First token of one request alone, decode step, and output tokens a second of one closed-loop round."""
+    sheet = datasheet_limits(plan.gpu)
+    batch = running_batch(plan, workload)
+    least, rate = floor(plan, workload, sheet, batch), multiply_limit(plan, sheet)
+    assert least is not None
+    assert rate is not None
+    prefill_s = prefill_flops(plan.model, workload.isl, cached_tokens=cached) / rate.value
+    requests = workload.concurrency or batch
+    round_s = requests * prefill_s + math.ceil(requests / batch) * (workload.osl - 1) * least.step_s
+    return prefill_s * MS_PER_S, least.step_s * MS_PER_S, requests * workload.osl / round_s
+
+
+def _usd(tok_s: float) -> float:
+    price = load_prices().gpu_price("h100-sxm")
+    return cost_per_million(tok_s, price.usd_per_gpu_h)
+
+
+def keep(out: Path, name: str, results: Path = RESULTS) -> list[Path]:
+    """Copy a run's real records into the results folder."""
+    kept = []
+    for file in sorted(set(STAGE_FILES.values())):
+        record = load(out / file)
+        if record is not None and not record.get("rehearsal", True):
+            target = results / f"gpu-{name}-{file}"
+            shutil.copyfile(out / file, target)
+            kept.append(target)
+    return kept
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["keep"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("name", help="such as h100-202612")
+    args = parser.parse_args()
+    kept = keep(args.out, args.name)
+    print("\n".join(str(path) for path in kept) or f"no record of a GPU in {args.out}")
+    return 0 if kept else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
