@@ -130,6 +130,8 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
     if plan.target == "tensorrt":
         require_builder_device(plan)
+    if plan.load_format == "dummy":
+        return _build_dummy(BuildJob(plan=plan, source_dir=path, directory=path, fidelity=fidelity), path)
     source_dir = source if isinstance(source, Path) else source.fetch()
     with working_directory(path) as partial:
         _keep_only_same_build(partial, plan, source_dir)
@@ -169,6 +171,14 @@ def build_embedded(job: BuildJob) -> None:
     copy_tokenizer(job.source_dir, job.directory / "tokenizer")
     with job.phase("verify"):
         job.verification.update(verify(job.plan.model, job.plan.quant, job.source_dir, checkpoint))
+
+
+def _build_dummy(job: BuildJob, path: Path) -> EngineBundle:
+    """A bundle without weights: the engine makes random ones of the true shape when it opens."""
+    with working_directory(path) as partial:
+        write_manifest(partial, _manifest(job, {}))
+        publish(partial, path)
+    return open_bundle(path)
 
 
 def copy_tokenizer(source_dir: Path, directory: Path) -> None:

@@ -51,6 +51,8 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
     found = check_fit(plan)
     check_plan(plan)
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
+    if plan.load_format == "dummy":
+        return _dummy_outline(plan, out_dir, found, fidelity)
     if plan.target == "pytorch":
         return pytorch_outline(plan, out_dir, found, fidelity)
     tensors = checkpoint_tensors(plan.model, stored_quant(plan.quant, plan.target), plan.parallel)
@@ -95,6 +97,20 @@ def pytorch_outline(plan: BuildPlan, out_dir: Path, found: Sizes, fidelity: KVFi
             "write llm_args.json",
             f"write {MANIFEST_NAME} and rename to {output.name}",
         ),
+        fidelity=fidelity,
+    )
+
+
+def _dummy_outline(plan: BuildPlan, out_dir: Path, found: Sizes, fidelity: KVFidelity) -> Outline:
+    """The same for random weights: nothing but a manifest is written."""
+    output = engine_path(plan, out_dir)
+    return Outline(
+        plan=plan,
+        output=str(output),
+        source="random weights, made when the engine opens",
+        sizes=found,
+        checkpoint_bytes=0,
+        steps=(f"write {MANIFEST_NAME} and rename to {output.name}",),
         fidelity=fidelity,
     )
 

@@ -20,7 +20,7 @@ from trtkit.spec.codec import from_plain
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
-from trtkit.spec.plan import TARGETS, BuildPlan, Limits, Parallelism
+from trtkit.spec.plan import LOAD_FORMATS, TARGETS, BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import QuantSpec, quant_for
 from trtkit.spec.units import GIB, KIB, MIB
 from trtkit.trtllm.installed import installation
@@ -58,6 +58,8 @@ class BuildOptions:
     kv_fraction: float | None = None
     allow_approximate: bool | None = None
     calib_text: str | None = None
+    load_format: str | None = None
+    kv_dtype: str | None = None
 
     def over(self, base: BuildOptions) -> BuildOptions:
         """These options, with `base`'s value where nothing was said."""
@@ -126,11 +128,14 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     model = options.model or (DEFAULT_MODEL if gpu != CPU else None)
     if model is None:
         raise UsageError("nothing to build: name a recipe or give --model DIRECTORY, PRESET or HUB_ID")
+    load_format = options.load_format or "auto"
+    if load_format not in LOAD_FORMATS:
+        raise UsageError(f"unknown load format {load_format!r}: allowed are {', '.join(LOAD_FORMATS)}")
     kv = parse_kv_policy(options.kv or "full")
     target, _ = resolve_target(options)
     if not dry_run:
         builder_of(target)
-    source = resolve_model(model, name=options.model_name, look_up=not dry_run)
+    source = resolve_model(model, name=options.model_name, look_up=not dry_run and load_format != "dummy")
     quant = _quant(options)
     parallel = Parallelism(tp=_or(options.tp, 1))
     plan = BuildPlan(
@@ -144,6 +149,7 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
         limits=_limits(options, source.model.max_position_embeddings),
         target=target,
         target_version=None if dry_run or target == "embedded" else installation().version,
+        load_format=load_format,
     )
     return plan, source
 
@@ -157,6 +163,8 @@ def resolve_target(options: BuildOptions) -> tuple[str, str]:
     target = options.target or "auto"
     if target in TARGETS:
         return target, ""
+    if options.load_format == "dummy":
+        return "embedded", "only it makes random weights"
     if target != "auto":
         raise UsageError(f"unknown target {target!r}: allowed are auto, {', '.join(TARGETS)}")
     if gpu_spec(options.gpu or CPU).name == CPU:
@@ -201,7 +209,7 @@ def _quant(options: BuildOptions) -> QuantSpec:
     quant = quant_for(precision, compute=compute)
     if compute is not None and quant.compute is not compute:
         raise UsageError(f"dtype {options.dtype} with precision {precision}: dtype is for int8, leave it out")
-    return quant
+    return quant if options.kv_dtype is None else quant.with_kv(DType.parse(options.kv_dtype))
 
 
 def _limits(options: BuildOptions, max_position: int) -> Limits:

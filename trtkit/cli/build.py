@@ -16,7 +16,7 @@ Model = Annotated[
     typer.Option(help="Model directory, catalog preset or hub id; for a GPU the default is Llama 3 70B Instruct."),
 ]
 Name = Annotated[str | None, typer.Option(help="Engine name (default: the recipe's, or made from the options).")]
-Precision = Annotated[str | None, typer.Option(help="fp32, fp16 (default), bf16 or int8.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, fp16 (default), bf16, int8, fp8-rowwise, ...")]
 Compute = Annotated[str | None, typer.Option("--dtype", help="Compute type beside int8 weights (default fp16).")]
 Gpu = Annotated[str | None, typer.Option(help="Device it is for: cpu (default) or a catalog entry, such as h100.")]
 Tp = Annotated[int | None, typer.Option(help="Tensor-parallel ranks (default 1).")]
@@ -31,6 +31,10 @@ Approximate = Annotated[
     bool, typer.Option("--allow-approximate", help="Accept a KV policy that the target only approximates.")
 ]
 Calib = Annotated[str | None, typer.Option(help="Text file that fp8 and int4-awq are calibrated on.")]
+LoadFormat = Annotated[
+    str | None, typer.Option(help="auto (default), or dummy: random weights of the true shape, no checkpoint.")
+]
+KvDtype = Annotated[str | None, typer.Option(help="Type of the KV cache, such as fp8 (default: the compute type).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and steps; write nothing.")]
 
 
@@ -50,6 +54,8 @@ def command(
     kv_memory: KvMemory = None,
     allow_approximate: Approximate = False,
     calib_text: Calib = None,
+    load_format: LoadFormat = None,
+    kv_dtype: KvDtype = None,
     output: Output = Path("builds"),
     dry_run: DryRun = False,
     force: ForceFlag = False,
@@ -64,6 +70,7 @@ def command(
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
         allow_approximate=allow_approximate or None, calib_text=calib_text,
+        load_format=load_format, kv_dtype=kv_dtype,
     )  # fmt: skip
     options = given.over(load_recipe(recipe)) if recipe else given
     plan, source = make_plan(options, dry_run=dry_run)

@@ -85,6 +85,8 @@ class EmbeddedEngine:
             kv_policy=self._policy,
             eos_ids=model.eos_ids,
             pid=os.getpid(),
+            notes=self._runner.notes,
+            device_memory=self._runner.memory,
         )
         self._active: dict[str, Sequence] = {}
         self._seeds: dict[str, int] = {}

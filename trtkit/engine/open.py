@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from trtkit.engine.dummy import dummy_weights
 from trtkit.engine.eviction import eviction_observer
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.paged_cache import block_bytes
@@ -21,9 +22,25 @@ from trtkit.spec.errors import CapacityError, MissingDependencyError, Unsupporte
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
+from trtkit.spec.quant import QuantSpec, quant_for
 from trtkit.spec.units import format_gib
 
+AUTO = "auto"
+_PATHS = (AUTO, "device")
 _KV_TYPES = (DType.FP32, DType.FP16, DType.BF16, DType.FP8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Setup:
+    """What an opener has decided about an engine, weights aside."""
+
+    limits: Limits
+    kv_dtype: DType
+    kv_policy: KVPolicySpec
+    device: str
+    path: str = AUTO
+    observer_factory: ObserverFactory | None = None
+    runner_factory: RunnerFactory | None = None
 
 
 def open_embedded(
@@ -31,10 +48,21 @@ def open_embedded(
     *,
     kv: KVPolicySpec | str | None = None,
     dtype: DType | str | None = None,
-    device: str = "cpu",
+    kv_dtype: DType | str | None = None,
+    device: str = AUTO,
+    path: str = AUTO,
     **limits: int | None,
 ) -> EmbeddedEngine:
     """Open a built bundle. What is given replaces the plan's value; `limits` are fields of `Limits` by name.
+
+    Args:
+        bundle: the engine on disk; one of random weights has none, they are made here.
+        kv: another KV policy.
+        dtype: another compute type; the cache takes it too, unless it was built narrower.
+        kv_dtype: another cache type.
+        device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where the plan is for a GPU and one is here, else the CPU.
+        path: "auto" runs the device path on CUDA and the CPU engine elsewhere; "device" runs the device path anywhere.
+        **limits: see above.
 
     Raises:
         InputError: the checkpoint is damaged.
@@ -45,15 +73,23 @@ def open_embedded(
     allowed = [field.name for field in fields(Limits)]
     unknown = sorted(set(limits) - set(allowed))
     if unknown:
-        raise UsageError(f"no limit is called {', '.join(unknown)}; there are {', '.join(allowed)}, kv, dtype, device")
+        raise UsageError(
+            f"no limit is called {', '.join(unknown)}; there are {', '.join(allowed)}, kv, dtype, kv_dtype, device, path"
+        )
     given = {name: value for name, value in limits.items() if value is not None}
-    return open_checkpoint(
-        bundle.checkpoint_dir,
+    compute = DType.parse(dtype) if isinstance(dtype, str) else dtype
+    setup = _Setup(
         limits=replace(plan.limits, **given),  # type: ignore[arg-type]
+        kv_dtype=_cache_type(plan.quant, compute, DType.parse(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype),
         kv_policy=parse_kv_policy(kv) if isinstance(kv, str) else kv or plan.kv,
-        dtype=DType.parse(dtype) if isinstance(dtype, str) else dtype,
-        device=device,
+        device=chosen_device(device, plan.gpu),
+        path=path,
     )
+    _check_device(setup.device)
+    if plan.load_format == "dummy":
+        quant = plan.quant if compute is None else quant_for(plan.quant.precision, compute=compute)
+        return _assemble(dummy_weights(plan.model, quant, device=setup.device), setup)
+    return _assemble(load_weights(bundle.checkpoint_dir, dtype=compute, device=setup.device)[0], setup)
 
 
 def open_checkpoint(
@@ -65,10 +101,17 @@ def open_checkpoint(
     device: str = "cpu",
     observer_factory: ObserverFactory | None = None,
 ) -> EmbeddedEngine:
-    """Open a TensorRT-LLM checkpoint directory. `dtype` replaces the compute and the cache type."""
+    """Open a TensorRT-LLM checkpoint directory. `dtype` replaces the compute type, and the cache type unless narrower."""
     _check_device(device)
     weights, quant = load_weights(directory, dtype=dtype, device=device)
-    return _assemble(weights, limits or Limits(), dtype or quant.kv, kv_policy, device, observer_factory)
+    setup = _Setup(
+        limits=limits or Limits(),
+        kv_dtype=_cache_type(quant, dtype, None),
+        kv_policy=kv_policy or KVPolicySpec(),
+        device=device,
+        observer_factory=observer_factory,
+    )
+    return _assemble(weights, setup)
 
 
 def open_tensors(  # noqa: PLR0913 - options of one opener, all but two by keyword
@@ -78,17 +121,32 @@ def open_tensors(  # noqa: PLR0913 - options of one opener, all but two by keywo
     limits: Limits | None = None,
     kv_policy: KVPolicySpec | None = None,
     dtype: DType = DType.FP32,
+    kv_dtype: DType | None = None,
     device: str = "cpu",
     observer_factory: ObserverFactory | None = None,
-    kv_dtype: DType | None = None,
     runner_factory: RunnerFactory | None = None,
 ) -> EmbeddedEngine:
     """Open an unsplit checkpoint held in memory, by its TensorRT-LLM tensor names. `kv_dtype` defaults to `dtype`."""
     _check_device(device)
-    weights = weights_from_tensors(model, tensors, dtype=dtype, device=device)
-    return _assemble(
-        weights, limits or Limits(), kv_dtype or dtype, kv_policy, device, observer_factory, runner_factory
+    setup = _Setup(
+        limits=limits or Limits(),
+        kv_dtype=kv_dtype or dtype,
+        kv_policy=kv_policy or KVPolicySpec(),
+        device=device,
+        observer_factory=observer_factory,
+        runner_factory=runner_factory,
     )
+    return _assemble(weights_from_tensors(model, tensors, dtype=dtype, device=device), setup)
+
+
+def chosen_device(device: str, gpu: str) -> str:
+    """The device that "auto" means for a plan made for `gpu`; any other name as it is.
+
+    A GPU that only the user's own catalog knows is one, too.
+    """
+    if device != AUTO:
+        return device
+    return "cuda" if gpu != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def effective_limits(model: ModelSpec, limits: Limits) -> Limits:
@@ -121,29 +179,38 @@ def pool_blocks(model: ModelSpec, limits: Limits, kv_dtype: DType, available_byt
     return blocks
 
 
-def _assemble(  # noqa: PLR0913, PLR0917 - what both openers have decided
-    weights: ModelWeights,
-    limits: Limits,
-    kv_dtype: DType,
-    kv_policy: KVPolicySpec | None,
-    device: str,
-    observer_factory: ObserverFactory | None,
-    runner_factory: RunnerFactory | None = None,
-) -> EmbeddedEngine:
+def _assemble(weights: ModelWeights, setup: _Setup) -> EmbeddedEngine:
+    kv_dtype, policy, device = setup.kv_dtype, setup.kv_policy, setup.device
     if kv_dtype not in _KV_TYPES:
         allowed = ", ".join(t.value for t in _KV_TYPES)
         raise UnsupportedError(f"KV cache type {kv_dtype.value}: the embedded engine stores {allowed}")
-    limits = effective_limits(weights.model, limits)
+    if setup.path not in _PATHS:
+        raise UsageError(f"path is {setup.path!r}: allowed are {', '.join(_PATHS)}")
+    limits = effective_limits(weights.model, setup.limits)
+    factory, beside = setup.runner_factory, 0
+    if factory is None and (device != "cpu" or setup.path == "device"):
+        from trtkit.engine.device.setup import device_needs, runner_factory
+
+        needs = device_needs(weights, limits, kv_dtype, policy, device)
+        factory, beside = runner_factory(policy, limits, device, needs), needs.total
     return EmbeddedEngine(
         weights,
         limits,
-        pool_blocks(weights.model, limits, kv_dtype, _available_bytes(device)),
+        pool_blocks(weights.model, limits, kv_dtype, max(0, _available_bytes(device) - beside)),
         kv_dtype=kv_dtype,
-        kv_policy=kv_policy,
-        observer_factory=observer_factory or eviction_observer(kv_policy or KVPolicySpec(), weights.model),
-        runner_factory=runner_factory,
+        kv_policy=policy,
+        observer_factory=setup.observer_factory or eviction_observer(policy, weights.model),
+        runner_factory=factory,
         device=device,
     )
+
+
+def _cache_type(quant: QuantSpec, compute: DType | None, wanted: DType | None) -> DType:
+    """The cache's type: as wanted, else as built where that is narrower than another compute type asked for."""
+    if wanted is not None:
+        return wanted
+    narrower = quant.kv.bits < quant.compute.bits
+    return quant.kv if compute is None or narrower else compute
 
 
 def _available_bytes(device: str) -> int:
@@ -151,6 +218,7 @@ def _available_bytes(device: str) -> int:
         import psutil
 
         return int(psutil.virtual_memory().available)
+    torch.cuda.empty_cache()
     return int(torch.cuda.mem_get_info(device)[0])
 
 

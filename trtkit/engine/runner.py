@@ -56,6 +56,14 @@ class Runner(Protocol):
         """Totals of eviction."""
 
     @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the device by what holds them; empty where nobody can tell."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What does not run as it should, one line each."""
+
+    @property
     def failures(self) -> list[tuple[Sequence, str]]:
         """See `ModelRunner.failures`."""
 
@@ -86,6 +94,8 @@ class ModelRunner:
     """Feeds rows through the model. Sequences are advanced here, so that `cache_len` always tells what is cached."""
 
     max_in_flight = 0
+    memory: dict[str, int] = {}  # noqa: RUF012 - nothing is known, for ever
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, weights: ModelWeights, cache: PagedCache, max_positions: int, observer: LayerObserver | None = None

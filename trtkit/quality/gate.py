@@ -83,7 +83,15 @@ def run_gate(reference: Side, candidate: Side, rules: Sequence[Rule]) -> GateRes
     Built in: no task may be detectably worse by more than its margin (unless a rule of yours limits that task), and two
     builds of one plan must compute the same numbers. Without any rule these two decide, and then a loss beyond its
     margin that too few documents can confirm makes the gate invalid instead of passing.
+
+    Raises:
+        MeasurementError: an engine's weights are random, so nothing about it may be shipped.
     """
+    for side in (reference, candidate):
+        if side.engine.plan.load_format == "dummy":
+            raise MeasurementError(
+                f"{side.name}: its weights are random (load format dummy); gate an engine built from a model"
+            )
     try:
         quality = pair_quality(reference, candidate)
     except MeasurementError as error:

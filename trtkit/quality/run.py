@@ -78,7 +78,7 @@ def evaluate(
     Raises:
         TrtkitError: what was asked cannot be done; records of engines before it are kept.
     """
-    bundles = [open_bundle(path) for path in request.engines]
+    bundles = [_with_weights(open_bundle(path)) for path in request.engines]
     tokenizers = {bundle.path: _tokenizer(bundle) for bundle in bundles}
     teacher = None
     if request.reference is not None and request.prompts is not None:
@@ -131,6 +131,15 @@ def _opened(
         yield OpenRun(engine=engine, source=source, scoring=scoring)
 
 
+def _with_weights(bundle: EngineBundle) -> EngineBundle:
+    """The bundle, if its answers mean anything."""
+    if bundle.manifest.plan.load_format == "dummy":
+        raise UnsupportedError(
+            f"{bundle.path}: its weights are random (load format dummy), so there is no quality to judge; build it from a model"
+        )
+    return bundle
+
+
 def _tokenizer(bundle: EngineBundle) -> Tokenizer:
     try:
         return load_tokenizer(bundle.tokenizer_dir)
@@ -148,7 +157,7 @@ def _teacher(
     """The reference engine's answers and its distributions along them."""
     assert request.reference is not None
     assert request.prompts is not None
-    bundle = open_bundle(request.reference)
+    bundle = _with_weights(open_bundle(request.reference))
     tokenizer = _tokenizer(bundle)
     for path, other in tokenizers.items():
         _same_vocabulary(bundle.path, tokenizer, path, other)

@@ -17,7 +17,7 @@ from torch import Tensor
 from trtkit.engine.batch import RowInput
 from trtkit.engine.device.decode import DecodeBuffers, LastTokens
 from trtkit.engine.device.eviction import DeviceEviction
-from trtkit.engine.device.graphs import Capture, CudaCapture, DecodeGraphs, buckets
+from trtkit.engine.device.graphs import Capture, DecodeGraphs, buckets
 from trtkit.engine.device.layout import NOWHERE, DeviceRow, DeviceStep, RowFacts, row_order, send_mixed
 from trtkit.engine.device.model import Parts, forward, logits
 from trtkit.engine.device.sampling import draw_into
@@ -31,7 +31,7 @@ from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
 from trtkit.engine.step import Draw, StepInput
 from trtkit.engine.weights import Linear, ModelWeights
-from trtkit.kernels.dispatch import num_multiprocessors
+from trtkit.kernels.dispatch import disabled, num_multiprocessors
 from trtkit.kernels.paged import DecodeWorkspace, decode_splits
 from trtkit.kernels.sampling import greedy
 from trtkit.spec.errors import UnsupportedError
@@ -53,7 +53,7 @@ class InFlight:
 class DeviceRunner:
     """See the module. `max_in_flight` steps may be launched and not yet collected while another one is launched."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what is shared, and knobs by keyword
         self,
         weights: ModelWeights,
         cache: PagedCache,
@@ -62,8 +62,12 @@ class DeviceRunner:
         *,
         max_in_flight: int = 1,
         capture: Capture | None = None,
+        activation_bytes: int | None = None,
     ) -> None:
-        """Reserve static memory and capture the decode steps; `capture` None means CUDA graphs where there is CUDA."""
+        """Reserve static memory and capture the decode steps, if there is a `capture`.
+
+        `activation_bytes`, the peak of the largest step, is passed on in `memory`.
+        """
         device, model = cache.device, weights.model
         self.weights = plain_weights(weights)
         self.cache = cache
@@ -89,9 +93,9 @@ class DeviceRunner:
         self._staging = Staging(device, limits.max_batch_size * (8 + columns) + 8 * limits.max_num_tokens)
         self._answers = [pinned(limits.max_batch_size, device) for _ in range(max_in_flight + 2)]
         self._turn = 0
-        if capture is None and device.type == "cuda":
-            capture = CudaCapture(device)
+        before = _device_bytes(device)
         self._graphs = self._captured(buckets(limits.max_batch_size), capture)
+        self._memory = self._split(before, activation_bytes)
 
     @torch.inference_mode()
     def _captured(self, sizes: tuple[int, ...], capture: Capture | None) -> DecodeGraphs:
@@ -99,10 +103,31 @@ class DeviceRunner:
             self._buffers.clear(size)
         return DecodeGraphs(sizes, self._buffers.work, capture)
 
+    def _split(self, before: dict[str, int], activation_bytes: int | None) -> dict[str, int]:
+        after = _device_bytes(self.cache.device)
+        if not after:
+            return {}
+        weights, pool = self.weights.num_bytes, self.cache.storage.numel() * self.cache.storage.element_size()
+        return {
+            "total": after["total"],
+            "weights": weights,
+            "kv_pool": pool,
+            "static": before["allocated"] - weights - pool,
+            "graphs": before["free"] - after["free"],
+            "context": after["total"] - after["free"] - after["reserved"],
+            "free": after["free"],
+        } | ({} if activation_bytes is None else {"activations": activation_bytes})
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the device by what holds them, when the runner was made; empty where nobody can tell (a CPU)."""
+        return self._memory
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What does not run as it should, one line each."""
-        return tuple(self._graphs.notes)
+        fallen = (f"{family} kernels fell back to torch: {why}" for family, why in disabled().items())
+        return (*self._graphs.notes, *fallen)
 
     @property
     def observer(self) -> DeviceEviction | None:
@@ -179,7 +204,10 @@ class DeviceRunner:
     def close(self) -> None:
         """Release weights, cache and everything captured. The runner cannot be used afterwards."""
         self.cache.release()
+        device = self.cache.device
         del self.weights, self._parts, self._buffers, self._graphs, self._observer
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _launch_decode(self, step: StepInput) -> tuple[DeviceStep, Tensor, list[int]]:
         """A step in static memory."""
@@ -286,6 +314,19 @@ def _workspace(weights: ModelWeights, limits: Limits, device: torch.device) -> D
         rows * decode_splits(rows, model.num_kv_heads, processors) for rows in range(1, limits.max_batch_size + 1)
     )
     return DecodeWorkspace.empty(most, model.num_heads, model.head_dim, 1, device)
+
+
+def _device_bytes(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "total": total,
+        "free": free,
+        "allocated": torch.cuda.memory_allocated(device),
+        "reserved": torch.cuda.memory_reserved(device),
+    }
 
 
 def _any_drawn(draws: Seq[Draw | None]) -> bool:

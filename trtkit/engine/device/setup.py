@@ -1,0 +1,116 @@
+"""Preparing a device before an engine is opened on it: activations measured, the KV pool sized, the runner made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trtkit.engine.batch import RowInput
+from trtkit.engine.block_pool import BlockPool
+from trtkit.engine.device.eviction import DeviceEviction
+from trtkit.engine.device.graphs import CudaCapture
+from trtkit.engine.device.rings import ring_bytes
+from trtkit.engine.device.runner import DeviceRunner
+from trtkit.engine.paged_cache import PagedCache
+from trtkit.engine.runner import RunnerFactory
+from trtkit.engine.scheduler import Scheduler
+from trtkit.engine.sequence import Sequence, blocks_for
+from trtkit.engine.weights import ModelWeights
+from trtkit.kv.ledger import BYTES_PER_SLOT
+from trtkit.spec.dtype import DType
+from trtkit.spec.engine import Request
+from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.plan import Limits
+
+_SAMPLING_BYTES = 48
+"""Peak of drawing a token, per logit: sorted values and ids, probabilities and their sums in float64 (counted)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceNeeds:
+    """Bytes beside weights and KV pool. `activations` is the peak of the largest step, measured on CUDA, 0 elsewhere."""
+
+    activations: int
+    eviction: int
+    sampling: int
+
+    @property
+    def total(self) -> int:
+        """What the pool must leave free: sampling happens when a step's activations are gone."""
+        return max(self.activations, self.sampling) + self.eviction
+
+
+def runner_factory(
+    policy: KVPolicySpec, limits: Limits, device: str, needs: DeviceNeeds | None = None
+) -> RunnerFactory:
+    """Makes the runner of an engine on `device`, its decode steps captured where that is CUDA."""
+
+    def build(weights: ModelWeights, cache: PagedCache, scheduler: Scheduler) -> DeviceRunner:
+        return DeviceRunner(
+            weights,
+            cache,
+            limits,
+            DeviceEviction(policy, weights.model, scheduler),
+            capture=None if device == "cpu" else CudaCapture(torch.device(device)),
+            activation_bytes=None if needs is None else needs.activations,
+        )
+
+    return build
+
+
+def device_needs(
+    weights: ModelWeights, limits: Limits, kv_dtype: DType, policy: KVPolicySpec, device: str
+) -> DeviceNeeds:
+    """What an engine will hold beside weights and pool; runs its largest step on a cache of one block."""
+    return DeviceNeeds(
+        activations=_activation_bytes(weights, limits, kv_dtype, device),
+        eviction=eviction_bytes(weights, limits, policy),
+        sampling=limits.max_batch_size * weights.model.vocab_size * _SAMPLING_BYTES,
+    )
+
+
+def eviction_bytes(weights: ModelWeights, limits: Limits, policy: KVPolicySpec) -> int:
+    """Rings and ledgers of a full batch of the longest requests under the engine's policy (counted)."""
+    if policy.is_full:
+        return 0
+    model = weights.model
+    eviction = DeviceEviction(policy, model, Scheduler(limits, BlockPool(1)))
+    sequence = Sequence(request=_request(max(1, limits.max_seq_len - 1)), arrival=0, max_new_tokens=1, kv_policy=policy)
+    eviction.admit(sequence)
+    ledger = model.num_layers * model.num_kv_heads * sequence.peak_slots * BYTES_PER_SLOT
+    rings = ring_bytes(model, limits.max_batch_size, eviction.ring_size, weights.dtype.itemsize)
+    return rings + limits.max_batch_size * ledger
+
+
+def largest_step(limits: Limits) -> list[RowInput]:
+    """Prompts of `max_num_tokens` tokens together, as far as the batch holds them, all in block 0."""
+    rows: list[RowInput] = []
+    left = limits.max_num_tokens
+    while left > 0 and len(rows) < limits.max_batch_size:
+        count = min(left, limits.max_seq_len)
+        sequence = Sequence(request=_request(count), arrival=len(rows), max_new_tokens=1)
+        sequence.block_table = [0] * blocks_for(count, limits.tokens_per_block)
+        rows.append(RowInput(sequence=sequence, token_ids=sequence.request.prompt_ids, observed=False))
+        left -= count
+    return rows
+
+
+def _activation_bytes(weights: ModelWeights, limits: Limits, kv_dtype: DType, device: str) -> int:
+    """Peak memory of the largest step beyond what lay there before; it also compiles and tunes the prompts' kernels."""
+    if device == "cpu":
+        return 0
+    cache = PagedCache(weights.model, 1, limits.tokens_per_block, kv_dtype, device)
+    runner = DeviceRunner(weights, cache, limits)
+    runner.run(largest_step(limits), [])
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    runner = DeviceRunner(weights, cache, limits)
+    runner.run(largest_step(limits), [])
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _request(count: int) -> Request:
+    return Request(request_id="", prompt_ids=(0,) * count, max_tokens=1)
