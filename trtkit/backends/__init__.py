@@ -18,7 +18,7 @@ OPENERS: dict[str, str] = {
 """Target -> "module:function"; the function takes the bundle and keyword overrides, and returns an `Engine`."""
 
 
-def open_engine(path: str | Path, *, isolated: bool = False, **overrides: object) -> Engine:
+def open_engine(path: str | Path, /, *, isolated: bool = False, **overrides: object) -> Engine:
     """Open an engine bundle.
 
     Args:
@@ -40,7 +40,7 @@ def open_engine(path: str | Path, *, isolated: bool = False, **overrides: object
     return open_here(path, **overrides)
 
 
-def open_here(path: str | Path, **overrides: object) -> Engine:
+def open_here(path: str | Path, /, **overrides: object) -> Engine:
     """Open a bundle in this very process, whatever its target; what the engine's child process calls.
 
     Raises:
