@@ -119,6 +119,8 @@ def _add_rms_norm(
     lane = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
     row = tl.zeros([BLOCK], tl.float32)
+    # Asked for before the sum, so that one trip to memory serves both; a longer row asks for its pieces later.
+    gain = tl.load(weight + lane, mask=lane < WIDTH, other=0.0).to(tl.float32)
     for first in tl.static_range(0, WIDTH, BLOCK):
         at = first + lane
         inside = at < WIDTH
@@ -134,7 +136,7 @@ def _add_rms_norm(
         inside = at < WIDTH
         if WIDTH > BLOCK:  # what did not fit in registers comes back from the cache that was just written
             row = tl.load(residual + token * stride_residual + at, mask=inside, other=0.0).to(tl.float32)
-        gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+            gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + token * stride_out + at, (_rounded(row * scale, residual) * gain).to(kind), mask=inside)
 
 
