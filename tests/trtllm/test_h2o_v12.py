@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import os
 import pickle
 import subprocess
@@ -482,15 +483,30 @@ def test_h2o_needs_tensorrt_llm():
         h2o_llm_arguments(parse_kv_policy("full"))
 
 
-def test_llm_arguments_turn_off_what_the_manager_would_refuse(adapter):
+def test_llm_arguments_turn_off_what_the_manager_would_refuse(adapter, tmp_path):
     from trtkit_h2o.trtllm import h2o_llm_arguments
 
-    arguments = h2o_llm_arguments(parse_kv_policy(H2O))
-    assert arguments["sparse_attention_config"].kv_policy == parse_kv_policy(H2O).label
-    assert arguments["kv_cache_config"] == {"enable_block_reuse": False, "host_cache_size": 0}
-    assert arguments["disable_overlap_scheduler"] is True
-    assert arguments["enable_chunked_prefill"] is False
-    assert arguments["scheduler_config"] == {"capacity_scheduler_policy": "MAX_UTILIZATION"}
+    arguments = h2o_llm_arguments(parse_kv_policy(H2O), counters_dir=tmp_path)
+    assert arguments.pop("sparse_attention_config") == adapter.H2OSparseAttentionConfig(
+        kv_policy=parse_kv_policy(H2O).label, counters_dir=str(tmp_path)
+    )
+    assert arguments == {
+        "kv_cache_config": {"enable_block_reuse": False, "host_cache_size": 0},
+        "attn_backend": "TRTLLM",
+        "max_beam_width": 1,
+        "disable_overlap_scheduler": True,
+        "cuda_graph_config": None,
+    }
+
+
+def test_every_rank_tells_what_it_has_evicted_and_they_agree(adapter, tmp_path):
+    ranks = Ranks(2)
+    config = adapter.H2OSparseAttentionConfig(kv_policy=H2O, counters_dir=str(tmp_path))
+    engines = [build_v12(MODEL, TENSORS, config, rank=rank, ranks=ranks) for rank in range(2)]
+    ranks.run(engines, lambda: jobs_to_requests([(prompt_of(45), 30)]))
+    told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    # One cut of the prompt, 45 to 24; then 29 tokens are fed, and every fourth of them holds a round.
+    assert told == [{"evictions": 1 + 7, "tokens_evicted": 21 + 28, "blocks_freed": 6 + 7}] * 2
 
 
 def test_no_prompt_is_pinned_where_the_whole_policy_can_run(adapter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 import sys
 from types import SimpleNamespace
@@ -183,6 +184,15 @@ def test_the_window_policy_keeps_prompt_and_newest(adapter):
     prompt = prompt_of(20)
     tokens = runtime(adapter, "window:16,sinks=0,interval=4").run(LlmRequest(0, list(prompt), 60))
     assert tokens == {0: embedded(prompt, 60, "window:36,sinks=20,interval=4")}
+
+
+def test_what_was_evicted_is_told_in_the_directory_of_the_configuration(adapter, tmp_path):
+    attention = sys.modules[f"{fake.TORCH}.attention_backend.trtllm"].TrtllmAttention
+    config = adapter.H2OKvCacheCompressionConfig(kv_policy=H2O, counters_dir=str(tmp_path))
+    fake.build_v13(util(), attention, MODEL, TENSORS, config).run(LlmRequest(0, prompt_of(30), 60))
+    rounds = (60 - 1 - BUDGET) // INTERVAL
+    told = json.loads((tmp_path / "rank0.json").read_text())
+    assert told == {"evictions": rounds, "tokens_evicted": rounds * INTERVAL, "blocks_freed": rounds}
 
 
 def test_llm_arguments_ask_for_the_second_manager(adapter):

@@ -191,12 +191,15 @@ def kv_fidelity(plan: BuildPlan, *, allow_approximate: bool) -> KVFidelity:
     if plan.kv.is_full or plan.target == "embedded":
         return KVFidelity.EXACT
     if plan.target == "pytorch":
-        if plan.target_version is not None and not plan.target_version.startswith("1.2."):
-            raise UnsupportedError(
-                f"{plan.name}: TensorRT-LLM {plan.target_version} can evict generated tokens only (the prompt is pinned), "
-                f"which is not {plan.kv.label}; use 1.2.x, or --target embedded"
-            )
-        return KVFidelity.EXACT
+        if plan.target_version is None or plan.target_version.startswith("1.2."):
+            return KVFidelity.EXACT
+        if allow_approximate:
+            return KVFidelity.GENERATED_ONLY
+        raise UnsupportedError(
+            f"{plan.name}: TensorRT-LLM {plan.target_version} can evict generated tokens only (the prompt is pinned), "
+            f"which is not {plan.kv.label}; use 1.2.x, --target embedded, or accept it with --allow-approximate "
+            f"(recorded as {KVFidelity.GENERATED_ONLY.value})"
+        )
     if not allow_approximate:
         raise UnsupportedError(
             f"{plan.name}: TensorRT-LLM's engine runtime offers no place where KV policy {plan.kv.label} could evict tokens; "

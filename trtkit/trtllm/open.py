@@ -14,8 +14,9 @@ from typing import Any
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.errors import EngineError, UsageError
-from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
+from trtkit.spec.kv import KVFidelity, KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits
+from trtkit.trtllm.counters import EvictionCounters
 from trtkit.trtllm.engine_build import ENGINE_DIR, check_engine
 from trtkit.trtllm.installed import Installation, installation_here
 from trtkit.trtllm.lower import llm_arguments
@@ -55,7 +56,7 @@ def open_pytorch(bundle: EngineBundle, **overrides: object) -> LlmEngine:
     plan = with_overrides(bundle.manifest.plan, overrides)
     found = require_target("pytorch", installation_here())
     require_runtime(plan, found)
-    return _open(plan, bundle.checkpoint_dir, "tensorrt_llm", found)
+    return _open(plan, bundle.checkpoint_dir, "tensorrt_llm", found, bundle.manifest.fidelity)
 
 
 def with_overrides(plan: BuildPlan, overrides: Mapping[str, object]) -> BuildPlan:
@@ -83,12 +84,21 @@ def with_overrides(plan: BuildPlan, overrides: Mapping[str, object]) -> BuildPla
     return replace(plan, limits=limits)
 
 
-def _open(plan: BuildPlan, model: Path, module: str, found: Installation) -> LlmEngine:
+def _open(
+    plan: BuildPlan, model: Path, module: str, found: Installation, fidelity: KVFidelity = KVFidelity.EXACT
+) -> LlmEngine:
     llm_class = getattr(importlib.import_module(module), "LLM")  # noqa: B009 - untyped package
     api = importlib.import_module("tensorrt_llm.llmapi")
+    counters = EvictionCounters() if plan.target == "pytorch" and not plan.kv.is_full else None
 
     def open_llm(scoring: bool) -> Native:
-        arguments = native_arguments(with_policy(plan, llm_arguments(plan, scoring=scoring)), api)
+        ours = with_policy(
+            plan,
+            llm_arguments(plan, scoring=scoring),
+            pin_prompt=fidelity is KVFidelity.GENERATED_ONLY,
+            counters_dir=None if counters is None else counters.directory,
+        )
+        arguments = native_arguments(ours, api)
         _check_arguments(arguments, plan, found)
         try:
             llm: Native = llm_class(str(model), **arguments)
@@ -101,7 +111,7 @@ def _open(plan: BuildPlan, model: Path, module: str, found: Installation) -> Llm
         sum(tensor.num_bytes for tensor in checkpoint_tensors(plan.model, plan.quant, plan.parallel, pp_rank=stage))
         for stage in range(plan.parallel.pp)
     )
-    return LlmEngine(plan, open_llm, api.SamplingParams, weight_bytes=weights)
+    return LlmEngine(plan, open_llm, api.SamplingParams, weight_bytes=weights, counters=counters)
 
 
 def native_arguments(arguments: Mapping[str, Any], api: Any) -> dict[str, Any]:  # noqa: ANN401 - tensorrt_llm.llmapi

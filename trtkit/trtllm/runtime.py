@@ -27,6 +27,7 @@ from trtkit.spec.engine import (
 )
 from trtkit.spec.errors import TrtkitError, UnsupportedError
 from trtkit.spec.plan import BuildPlan
+from trtkit.trtllm.counters import EvictionCounters, unknown
 from trtkit.trtllm.lower import sampling_arguments
 from trtkit.trtllm.pool import PoolWatch
 from trtkit.trtllm.scores import score
@@ -59,6 +60,7 @@ class LlmEngine:
         sampling_class: Callable[..., Any],
         *,
         weight_bytes: int,
+        counters: EvictionCounters | None = None,
     ) -> None:
         """Open it.
 
@@ -67,11 +69,13 @@ class LlmEngine:
             open_llm: makes the `LLM`; its argument says whether it must give logits.
             sampling_class: TensorRT-LLM's `SamplingParams`.
             weight_bytes: of one rank, by the checkpoint's arithmetic.
+            counters: where the workers of `open_llm` tell what they evict; closed with the engine.
         """
         self._plan = plan
         self._open_llm = open_llm
         self._sampling_class = sampling_class
         self._weight_bytes = weight_bytes
+        self._counters = counters
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trtllm-loop", daemon=True)
         self._thread.start()
@@ -215,14 +219,17 @@ class LlmEngine:
             result.abort()
 
     def kv_stats(self) -> KVStats:
-        """The pool after the latest iteration that was reported."""
-        return self._watch.stats()
+        """The pool after the latest iteration that was reported, and what workers say they have evicted."""
+        stats = self._watch.stats()
+        if self._plan.kv.is_full:
+            return stats
+        return unknown(stats) if self._counters is None else self._counters.added_to(stats)
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
         """Log-probabilities, from the logits of one next token at a time; see `trtkit.trtllm.scores`."""
         if not self._plan.kv.is_full:
             raise UnsupportedError(
-                f"{self._plan.name}: TensorRT-LLM gives no logits of a cache that has been evicted from "
+                f"{self._plan.name}: TensorRT-LLM scores given tokens as prompts, which run before anything is evicted "
                 f"({self._plan.kv.label}); judge it by generation tasks, or score with --target embedded"
             )
         if not self._logits:
@@ -264,6 +271,8 @@ class LlmEngine:
         self._closed = True
         with contextlib.suppress(RuntimeError):
             self._shut_down()
+        if self._counters is not None:
+            self._counters.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5.0)
         if not self._thread.is_alive():

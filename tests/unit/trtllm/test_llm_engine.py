@@ -16,6 +16,7 @@ from trtkit.spec.errors import EngineError, UnsupportedError
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits
 from trtkit.spec.quant import quant_for
+from trtkit.trtllm.counters import EvictionCounters
 from trtkit.trtllm.runtime import LlmEngine
 
 VOCAB = 11
@@ -101,12 +102,12 @@ def llm() -> Scripted:
     return Scripted()
 
 
-def open_engine(llm: Scripted, kv: str = "full") -> LlmEngine:
+def open_engine(llm: Scripted, kv: str = "full", counters: EvictionCounters | None = None) -> LlmEngine:
     def open_llm(scoring: bool) -> Scripted:
         llm.opened.append(scoring)
         return llm
 
-    return LlmEngine(plan(kv), open_llm, lambda **arguments: arguments, weight_bytes=7)
+    return LlmEngine(plan(kv), open_llm, lambda **arguments: arguments, weight_bytes=7, counters=counters)
 
 
 @pytest.fixture
@@ -197,6 +198,30 @@ def test_a_response_that_ends_early_is_an_error_and_not_a_short_answer(engine: L
 def test_the_pool_is_what_the_statistics_say(engine: LlmEngine) -> None:
     assert engine.info.kv_pool_bytes == 50 * 32 * 320 * 1024
     assert (engine.kv_stats().blocks_used, engine.kv_stats().requests_running) == (3, 2)
+
+
+def evicted(engine: LlmEngine) -> tuple[int | None, ...]:
+    stats = engine.kv_stats()
+    return stats.evictions, stats.tokens_evicted, stats.blocks_freed
+
+
+def test_what_workers_evicted_is_theirs_to_tell_and_unknown_until_they_do(llm: Scripted) -> None:
+    counters = EvictionCounters()
+    told = counters.directory / "rank0.json"
+    with open_engine(llm, "h2o:8", counters) as engine:
+        assert evicted(engine) == (None, None, None)
+        told.write_text('{"evictions": 3, "tokens_evicted": 70, "blocks_freed": 2}')
+        assert evicted(engine) == (3, 70, 2)
+        told.write_text('{"evictions": 3')
+        assert evicted(engine) == (None, None, None), "a broken file tells nothing"
+    assert not told.parent.exists()
+
+
+def test_an_engine_that_evicts_and_does_not_tell_is_not_said_to_have_evicted_nothing(llm: Scripted) -> None:
+    with open_engine(llm, "window:8") as engine:
+        assert evicted(engine) == (None, None, None)
+    with open_engine(llm) as engine:
+        assert evicted(engine) == (0, 0, 0)
 
 
 def test_statistics_that_never_come_are_an_error(llm: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,43 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trtkit.spec.catalog import model_preset
 from trtkit.spec.errors import UnsupportedError
-from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
-from trtkit.spec.plan import BuildPlan
+from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.trtllm import policies
-from trtkit.trtllm.policies import adapter_names, check_adapter, with_policy
+from trtkit.trtllm.policies import adapter_names, check_adapter, pool_tokens, with_policy
 
 
-def adapter(spec: KVPolicySpec) -> dict[str, Any]:
-    return {"kv_cache_config": {"enable_block_reuse": False}, "disable_overlap_scheduler": True, "label": spec.label}
+class Adapter:
+    """Tells what it was asked."""
+
+    def check(self, plan: BuildPlan, *, pool_tokens: int | None) -> tuple[str, ...]:
+        if plan.parallel.pp > 1:
+            raise UnsupportedError("no pipelines")
+        return (f"pool of {pool_tokens}",)
+
+    def arguments(self, plan: BuildPlan, **asked: Any) -> dict[str, Any]:
+        return {"kv_cache_config": {"enable_block_reuse": False}, "label": plan.kv.label, "asked": asked}
 
 
 @pytest.fixture(autouse=True)
 def one_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    point = EntryPoint(name="h2o", value=f"{__name__}:adapter", group=policies.GROUP)
-    monkeypatch.setattr(EntryPoint, "load", lambda _: adapter)
-    found = lambda group, name=None: [point] if name in (None, "h2o") else []  # noqa: E731
-    monkeypatch.setattr(policies.importlib.metadata, "entry_points", found)
+    point = EntryPoint(name="h2o", value=f"{__name__}:Adapter", group=policies.GROUP)
+    monkeypatch.setattr(EntryPoint, "load", lambda _: Adapter())
+    monkeypatch.setattr(policies.importlib.metadata, "entry_points", lambda group: [point])
 
 
-def plan(kv: str, target: str = "pytorch") -> BuildPlan:
+def plan(kv: str, target: str = "pytorch", **changes: Any) -> BuildPlan:
     base = BuildPlan(
         name="p", model=model_preset("llama-3-70b"), model_source="x", gpu="h100-sxm", quant=quant_for("int8")
     )
-    return dataclasses.replace(base, kv=parse_kv_policy(kv), target=target)
+    return dataclasses.replace(base, kv=parse_kv_policy(kv), target=target, **changes)
 
 
-def test_an_adapters_arguments_win_and_leave_the_others_of_the_same_config() -> None:
+def test_an_adapters_arguments_win_and_leave_the_others_of_the_same_config(tmp_path: Path) -> None:
     ours = {"kv_cache_config": {"enable_block_reuse": True, "tokens_per_block": 32}, "max_beam_width": 1}
-    assert with_policy(plan("h2o:50%"), ours) == {
+    limits = Limits(kv_memory_bytes=1000 * 327_680)
+    merged = with_policy(plan("h2o:50%", limits=limits), ours, pin_prompt=True, counters_dir=tmp_path)
+    assert merged == {
         "kv_cache_config": {"enable_block_reuse": False, "tokens_per_block": 32}, "max_beam_width": 1,
-        "disable_overlap_scheduler": True, "label": "h2o:50%",
+        "label": "h2o:50%", "asked": {"pool_tokens": 1000, "pin_prompt": True, "counters_dir": tmp_path},
     }  # fmt: skip
     assert ours["kv_cache_config"] == {"enable_block_reuse": True, "tokens_per_block": 32}
 
@@ -48,9 +58,25 @@ def test_an_adapters_arguments_win_and_leave_the_others_of_the_same_config() -> 
 @pytest.mark.parametrize(("kv", "target"), [("full", "pytorch"), ("h2o:50%", "tensorrt")])
 def test_a_full_cache_and_engines_need_no_adapter(kv: str, target: str) -> None:
     assert with_policy(plan(kv, target), {"a": 1}) == {"a": 1}
+    assert check_adapter(plan(kv, target)) == ()
 
 
 def test_a_policy_without_an_adapter_is_refused_and_the_others_are_named() -> None:
     assert adapter_names() == ("h2o",)
     with pytest.raises(UnsupportedError, match=r"there are full, h2o"):
         check_adapter(plan("random:64"))
+
+
+def test_an_adapter_is_asked_before_anything_starts() -> None:
+    limits = Limits(kv_memory_bytes=1000 * 327_680)
+    assert check_adapter(plan("h2o:50%", limits=limits)) == ("pool of 1000",)
+    with pytest.raises(UnsupportedError, match="no pipelines"):
+        check_adapter(plan("h2o:50%", parallel=Parallelism(pp=2)))
+
+
+def test_a_pool_of_its_own_size_is_what_weights_and_the_runtime_leave() -> None:
+    """70.6 billion weights in 8 bits on two GPUs of 80 GiB, a tenth of each for the runtime."""
+    tokens = pool_tokens(plan("h2o:50%", parallel=Parallelism(tp=2), limits=Limits(kv_fraction=0.9)))
+    assert tokens is not None
+    bytes_free = 0.9 * (0.9 * 80 * 2**30 - 36.5e9)
+    assert tokens == pytest.approx(bytes_free / 163_840, rel=0.03)

@@ -4,11 +4,13 @@
 managers that came after; `probe` says which of the two this box allows. None of it has run on a real TensorRT-LLM yet.
 """
 
+from trtkit_h2o.trtllm.adapter import ADAPTER
 from trtkit_h2o.trtllm.engine_backend import WindowLowering, lower_for_engine
 from trtkit_h2o.trtllm.install import h2o_llm_arguments, install
 from trtkit_h2o.trtllm.probe import Finding, probe_h2o, usable_path
 
 __all__ = [
+    "ADAPTER",
     "Finding",
     "WindowLowering",
     "h2o_llm_arguments",

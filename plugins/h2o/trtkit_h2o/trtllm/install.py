@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from trtkit.spec.errors import MissingDependencyError, UnsupportedError, UsageError
@@ -35,7 +36,9 @@ def install() -> str:
     return path
 
 
-def h2o_llm_arguments(spec: KVPolicySpec, *, pin_prompt: bool = False) -> dict[str, Any]:
+def h2o_llm_arguments(
+    spec: KVPolicySpec, *, pin_prompt: bool = False, counters_dir: Path | None = None
+) -> dict[str, Any]:
     """Keyword arguments for `tensorrt_llm.LLM` that carry out `spec`, to be merged over the caller's own.
 
     Nested ones are dictionaries; merge them by key. Pass the configuration object as it is: it survives pickling to
@@ -45,6 +48,7 @@ def h2o_llm_arguments(spec: KVPolicySpec, *, pin_prompt: bool = False) -> dict[s
         spec: the policy.
         pin_prompt: the caller accepts that all of a prompt stays and the budget counts generated tokens. That is all
             1.3 and later can do, and not what the policy says, so it must be asked for.
+        counters_dir: a directory where every rank keeps `rank{N}.json` with what it has evicted.
 
     Raises:
         UsageError: `spec` keeps everything, so there is nothing to turn on.
@@ -58,29 +62,24 @@ def h2o_llm_arguments(spec: KVPolicySpec, *, pin_prompt: bool = False) -> dict[s
     if pin_prompt != (path == V13):
         raise UnsupportedError(
             f"KV policy {spec.label!r}: this TensorRT-LLM {_CAN[path]}; use 1.2.x or --target embedded for the policy as "
-            "written, or pin_prompt=True from Python where prompts may stay whole"
+            "written, or build with --allow-approximate where prompts may stay whole"
         )
-    if path == V12:
-        return {
-            "sparse_attention_config": adapter.H2OSparseAttentionConfig(kv_policy=spec.label),
-            "kv_cache_config": {"enable_block_reuse": False, "host_cache_size": 0},
-            "attn_backend": "TRTLLM",
-            "enable_chunked_prefill": False,
-            "disable_overlap_scheduler": True,
-            "max_beam_width": 1,
-            # The other policy reserves blocks for tokens that will be evicted, so freed ones admit nobody.
-            "scheduler_config": {"capacity_scheduler_policy": "MAX_UTILIZATION"},
-            # The hooks are written for graphs, but no graph has captured them yet.
-            "cuda_graph_config": None,
-        }
-    return {
-        "kv_cache_compression_config": adapter.H2OKvCacheCompressionConfig(kv_policy=spec.label),
-        "kv_cache_config": {"use_kv_cache_manager_v2": True, "enable_block_reuse": False},
+    told = "" if counters_dir is None else str(counters_dir)
+    common: dict[str, Any] = {
         "attn_backend": "TRTLLM",
-        "enable_chunked_prefill": False,
-        "disable_overlap_scheduler": True,
         "max_beam_width": 1,
+        # Both are supported and tested against fakes; they stay off until a GPU has run them.
+        "disable_overlap_scheduler": True,
         "cuda_graph_config": None,
+    }
+    if path == V12:
+        return common | {
+            "sparse_attention_config": adapter.H2OSparseAttentionConfig(kv_policy=spec.label, counters_dir=told),
+            "kv_cache_config": {"enable_block_reuse": False, "host_cache_size": 0},
+        }
+    return common | {
+        "kv_cache_compression_config": adapter.H2OKvCacheCompressionConfig(kv_policy=spec.label, counters_dir=told),
+        "kv_cache_config": {"use_kv_cache_manager_v2": True, "enable_block_reuse": False},
     }
 
 

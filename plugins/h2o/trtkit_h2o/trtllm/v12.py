@@ -27,6 +27,7 @@ from trtkit.spec.errors import UnsupportedError
 from trtkit_h2o.trtllm.patch import route
 from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.pool import ManagerPool
+from trtkit_h2o.trtllm.report import CounterFile
 from trtkit_h2o.trtllm.session import EvictionSession
 
 _OTHER_BACKENDS = ("get_vanilla_sparse_attn_attention_backend", "get_flashinfer_sparse_attn_attention_backend")
@@ -37,7 +38,7 @@ _Indices = tuple[Tensor | None, Tensor | None]
 
 
 class H2OSparseAttentionConfig(RocketSparseAttentionConfig):  # type: ignore[misc]
-    """`kv_policy` is a policy as `--kv` spells it, for example "h2o:2048".
+    """`kv_policy` is a policy as `--kv` spells it, for example "h2o:2048"; `counters_dir` see `CounterFile`.
 
     It keeps RocketKV's tag: the union of configurations is closed and accepts a subclass's instance, and attention
     leaves rotation outside its fused operator exactly for that tag. Written out and read back (YAML, `model_dump`) it
@@ -45,6 +46,7 @@ class H2OSparseAttentionConfig(RocketSparseAttentionConfig):  # type: ignore[mis
     """
 
     kv_policy: str = ""
+    counters_dir: str = ""
 
 
 class H2OTrtllmAttentionMetadata(TrtllmAttentionMetadata):  # type: ignore[misc]
@@ -151,6 +153,7 @@ class H2OKVCacheManager(KVCacheManager):  # type: ignore[misc]
         chunk = kwargs.get("max_num_tokens", _MAX_NUM_TOKENS)
         self.h2o = EvictionSession(policies, self.h2o_pool.geometry(kwargs["max_batch_size"], chunk))
         self._requests: dict[int, Any] = {}
+        self._counters = CounterFile(sparse_attn_config.counters_dir, getattr(kwargs["mapping"], "rank", 0))
 
     def prepare_resources(self, scheduled_batch: Any) -> None:  # noqa: ANN401
         """Room for the step's tokens, after what the last one owed; new prompts are announced to the session."""
@@ -180,6 +183,7 @@ class H2OKVCacheManager(KVCacheManager):  # type: ignore[misc]
     def _settle(self) -> None:
         for request_id in self.h2o.request_ids:
             self._drop(self._requests[request_id], self.h2o.settle(request_id, self.h2o_pool))
+        self._counters.tell(self.h2o.counters)
 
     def _drop(self, request: Any, tokens: int) -> None:  # noqa: ANN401
         if tokens:

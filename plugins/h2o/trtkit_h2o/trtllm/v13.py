@@ -25,6 +25,7 @@ from trtkit.spec.errors import UnsupportedError
 from trtkit_h2o.trtllm.patch import route
 from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.pool import ManagerPool
+from trtkit_h2o.trtllm.report import CounterFile
 from trtkit_h2o.trtllm.session import EvictionSession
 
 _FIELD = "kv_cache_compression_config"
@@ -33,10 +34,11 @@ _WRAPPED = "_trtkit_h2o_wrapped"
 
 
 class H2OKvCacheCompressionConfig(KvCacheCompressionConfig):  # type: ignore[misc]
-    """`kv_policy` is a policy as `--kv` spells it; its budget counts generated tokens."""
+    """`kv_policy` is a policy as `--kv` spells it; its budget counts generated tokens. `counters_dir` see `CounterFile`."""
 
     algorithm: Literal["h2o"] = "h2o"
     kv_policy: str
+    counters_dir: str = ""
     changes_physical_kv_length: ClassVar[bool] = True
 
     def supports_block_reuse(self) -> bool:
@@ -54,7 +56,7 @@ class H2OCompressionManager(KVCacheCompressionManager):  # type: ignore[misc]
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - differs between releases
         """The KV cache manager comes here or through `bind_kv_cache_managers`; both work."""
         super().__init__(config, *args, **kwargs)
-        self._kv_policy = config.kv_policy
+        self._kv_policy, self._counters_dir = config.kv_policy, config.counters_dir
         self._h2o: EvictionSession | None = None
 
     def on_request_init(self, request: Any, **_: Any) -> None:  # noqa: ANN401
@@ -90,6 +92,7 @@ class H2OCompressionManager(KVCacheCompressionManager):  # type: ignore[misc]
             dropped = session.settle(request.py_request_id, pool)
             if dropped:
                 self._publish(request, cache, dropped)
+        self._counters.tell(session.counters)
 
     def on_request_finish(self, request: Any, **_: Any) -> None:  # noqa: ANN401
         """A request ended."""
@@ -112,6 +115,7 @@ class H2OCompressionManager(KVCacheCompressionManager):  # type: ignore[misc]
                 tokens_per_block=manager.tokens_per_block,
                 pin_prompt=True,
             )
+            self._counters = CounterFile(self._counters_dir, getattr(getattr(manager, "mapping", None), "rank", 0))
             self._pool = ManagerPool(manager)
             self._h2o = EvictionSession(policies, self._pool.geometry(manager.max_batch_size))
             setattr(manager, _COLLECTOR, self._h2o)
