@@ -10,10 +10,11 @@ import pytest
 from fakes.trtllm_kv import v12, v13
 from fakes.trtllm_kv.v12 import put_in
 
+from trtkit.backends.outline import outline, render
 from trtkit.spec.catalog import model_preset
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError, UsageError
-from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.kv import KVFidelity, parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.trtllm.policies import adapter_names, check_adapter
@@ -81,6 +82,18 @@ def test_prompts_come_whole_where_they_fit_a_step_and_in_chunks_where_they_do_no
     assert held_tokens(chunked) == 2048 + 1024
     assert "prompts come whole (max_num_tokens 8192)" in check_adapter(whole)[0]
     assert "one holds at most 3072 tokens" in check_adapter(chunked)[0]
+
+
+def test_a_dry_run_refuses_and_tells_before_a_worker_could(tmp_path):
+    four = {"parallel": Parallelism(tp=4)}
+    text = render(outline(plan(**four), tmp_path))
+    assert "note       prompts come whole" in text
+    assert "note       a batch of 8 x 2113 tokens fits the KV pool" in text
+    with pytest.raises(UnsupportedError, match="do not fit a step of max_num_tokens 2048"):
+        outline(plan(limits=limits(max_num_tokens=2048, enable_chunked_prefill=False), **four), tmp_path)
+    later = outline(plan(target_version="1.3.0", **four), tmp_path, allow_approximate=True)
+    assert later.fidelity is KVFidelity.GENERATED_ONLY
+    assert "carried out as generated_only, not as h2o" in render(later)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from trtkit.trtllm.capabilities import broken, check_plan, kv_fidelity
 from trtkit.trtllm.convert import stored_quant
 from trtkit.trtllm.engine_build import BUILDING_DIR, TIMING_NAME
 from trtkit.trtllm.lower import build_argv
+from trtkit.trtllm.policies import check_adapter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,11 +51,12 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
     """
     found = check_fit(plan)
     check_plan(plan)
+    notes = check_adapter(plan)
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
     if plan.load_format == "dummy":
         return _dummy_outline(plan, out_dir, found, fidelity)
     if plan.target == "pytorch":
-        return pytorch_outline(plan, out_dir, found, fidelity)
+        return pytorch_outline(plan, out_dir, found, fidelity, notes)
     tensors = checkpoint_tensors(plan.model, stored_quant(plan.quant, plan.target), plan.parallel)
     checkpoint_bytes = sum(tensor.num_bytes for tensor in tensors) * plan.parallel.world_size
     output = engine_path(plan, out_dir)
@@ -79,7 +81,9 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
     )
 
 
-def pytorch_outline(plan: BuildPlan, out_dir: Path, found: Sizes, fidelity: KVFidelity) -> Outline:
+def pytorch_outline(
+    plan: BuildPlan, out_dir: Path, found: Sizes, fidelity: KVFidelity, notes: tuple[str, ...] = ()
+) -> Outline:
     """The same for the PyTorch backend, which loads a Hugging Face directory and compiles nothing."""
     output = engine_path(plan, out_dir)
     size = found.weight_bytes * plan.parallel.world_size
@@ -98,6 +102,7 @@ def pytorch_outline(plan: BuildPlan, out_dir: Path, found: Sizes, fidelity: KVFi
             f"write {MANIFEST_NAME} and rename to {output.name}",
         ),
         fidelity=fidelity,
+        adjusted=notes,
     )
 
 
