@@ -10,6 +10,7 @@ prediction. --rehearse runs the same code on a CPU with a tiny shape and gives n
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -279,6 +280,8 @@ def run(job: Job) -> Record:
                 saved=writer.saved,
                 usd_per_hour=price.usd_per_gpu_h if price else None,
                 opener=job.opener,
+                # On a CPU the engine would choose its CPU path; what is rehearsed is the device path.
+                overrides={"path": "device"} if job.scale.rehearsal else {},
                 say=job.say,
                 rehearsal=job.scale.rehearsal,
             )
@@ -310,6 +313,8 @@ def main() -> int:
             raise UsageError(f"unknown row {unknown[0]!r}: there are {', '.join(ROWS)}")
         with tempfile.TemporaryDirectory(prefix="trtkit-path-") as metadata:
             sources.use(Path(metadata))
+            if scale.rehearsal:
+                os.environ.setdefault("OMP_NUM_THREADS", "1")
             job = Job(
                 out=args.out,
                 scale=scale,

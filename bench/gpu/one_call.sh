@@ -44,6 +44,8 @@ trap finish TERM INT
 PYTHONPATH="$(python3 "$here/sources.py" "$scratch/path")" || exit 2
 export PYTHONPATH
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# A rehearsal's products are tiny; more threads only wait for each other.
+[ -z "$rehearse" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
 
 # How the time left is shared among the stages still to come.
@@ -83,6 +85,7 @@ for index in "${!asked[@]}"; do
     continue
   fi
   echo "== $stage: at most $share s" | tee -a "$log"
+  began=$SECONDS
   inner=$((share > 20 ? share - 8 : share))
   command_of "$stage"
   timeout --signal=TERM --kill-after=8 "$share" python3 "${command[@]}" --time-limit-s "$inner" $rehearse \
@@ -91,6 +94,6 @@ for index in "${!asked[@]}"; do
   wait "$child"
   status=$?
   child=""
-  echo "== $stage: exit $status after $SECONDS s" | tee -a "$log"
+  echo "== $stage: exit $status after $((SECONDS - began)) s" | tee -a "$log"
 done
 finish

@@ -84,7 +84,7 @@ def share(cell: Mapping[str, Any], which: str, key: str, measured: float | None)
 def peak(cell: Mapping[str, Any], name: str) -> int | None:
     """Largest value of a pool counter over the repeats."""
     repeats = ((cell.get("result") or {}).get("repeats")) or []
-    return max((repeat["kv"][name] for repeat in repeats), default=None)
+    return max((repeat["kv"][name] for repeat in repeats if repeat["kv"][name] is not None), default=None)
 
 
 def text(value: float | None, form: str = ".1f") -> str:
@@ -102,7 +102,8 @@ def cell_values(cell: Mapping[str, Any]) -> dict[str, str]:
     result = cell["result"]
     ttft, step, tps = stat(cell, "ttft_ms"), stat(cell, "itl_ms"), stat(cell, "tps", "value")
     memory, price = result["memory"], cell.get("usd_per_million") or {}
-    evicted = sum(repeat["kv"]["tokens_evicted"] for repeat in result["repeats"])
+    counts = [repeat["kv"]["tokens_evicted"] for repeat in result["repeats"]]
+    evicted = None if None in counts else sum(counts)
     return {
         "TTFT ms": text(ttft, ".0f"),
         "of ceiling": percent(share(cell, "floor_measured", "ttft_ms", ttft)),

@@ -94,6 +94,7 @@ class Sweep:
     saved: Callable[[RowOutcome], None]
     usd_per_hour: float | None = None
     opener: str = DEFAULT_OPENER
+    overrides: Mapping[str, object] = field(default_factory=dict)
     command: Sequence[str] = field(default_factory=lambda: tuple(sys.argv))
     say: Callable[[str], None] = print
     rehearsal: bool = False
@@ -114,15 +115,19 @@ def dummy_bundle(directory: Path, plan: BuildPlan) -> Path:
 
 def run_row(row: str, label: str, plan: BuildPlan, cells: Sequence[CellPlan], sweep: Sweep) -> RowOutcome:
     """Open one configuration and run its cells while time is left; whatever fails is in the outcome, nothing is raised."""
-    (target,) = open_targets([dummy_bundle(sweep.work_dir, plan)])
+    (target,) = open_targets([dummy_bundle(sweep.work_dir, plan)], sweep.overrides)
     environment = fingerprint(device=target.device, command=sweep.command, limits=sweep.limits)
     outcome = RowOutcome(row=row, label=label, plan=plan, environment=environment)
     baseline = nvml_baseline() if target.device.startswith("cuda") else None
     started = time.monotonic()
-    left = max(sweep.left_s() - MARGIN_S, 1.0)
+    left = sweep.left_s() - MARGIN_S
+    if left <= 0:
+        outcome = replace(outcome, cells=not_run(plan, cells, sweep, "no time was left to open the engine"))
+        sweep.saved(outcome)
+        return outcome
     try:
         timeouts = Timeouts(start_s=left, stall_s=left, close_s=10.0)
-        engine = RemoteEngine(target.path, opener=sweep.opener, timeouts=timeouts)
+        engine = RemoteEngine(target.path, target.overrides, opener=sweep.opener, timeouts=timeouts)
     except TrtkitError as error:
         outcome = replace(outcome, lost=str(error), cells=not_run(plan, cells, sweep, "the engine did not open"))
         sweep.saved(outcome)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.gpu import forecast, llama70b, memory, sources, summary
-from trtkit.spec.codec import read_record
+from bench.gpu import forecast, llama70b, memory, page, sources, summary
+from bench.gpu.sweep import CellOutcome
+from trtkit.spec.codec import read_record, write_record
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
@@ -165,6 +169,70 @@ def test_the_source_tree_stands_in_for_an_installed_package(tmp_path: Path) -> N
     assert "[trtkit.kv_policies]" in (folder / "entry_points.txt").read_text()
 
 
+@pytest.mark.slow
+def test_the_device_path_rehearses_every_row(tmp_path: Path) -> None:
+    """The real engine, its device path on this CPU: H2O evicts, an 8-bit cache and 8-bit operands run."""
+    command = [sys.executable, str(ROOT / "bench/gpu/llama70b.py"), "--out", str(tmp_path), "--rehearse"]
+    cells = "c1-isl512,c32-isl4096"
+    done = subprocess.run(
+        [*command, "--cells", cells, "--time-limit-s", "120"],
+        capture_output=True, text=True, check=False, timeout=150, env=_bare_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = read_record(tmp_path / llama70b.FILE_NAME, llama70b.KIND, llama70b.Record)
+    assert record.rehearsal
+    assert [row.lost for row in record.rows] == [None] * len(record.rows)
+    ran = {row.row: [cell for cell in row.cells if cell.result is not None] for row in record.rows}
+    assert {"int8", "int8-h2o", "fp8", "int8-kv8"} <= set(ran)
+    failed = [
+        check for cells in ran.values() for cell in cells for check in cell.result.checks if check.status == "fail"
+    ]
+    assert failed == []
+    evicted = [repeat.kv.tokens_evicted for cell in ran["int8-h2o"] for repeat in cell.result.repeats]
+    assert min(evicted) > 0
+    assert "tok/s" not in done.stdout
+
+
+def _bare_environment() -> dict[str, str]:
+    """As on a box where nothing of this project is installed or on the path."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_one_call_rehearses_its_stages_and_ends_with_a_short_table(tmp_path: Path) -> None:
+    out = tmp_path / "out with a space"
+    environment = _bare_environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "bench/gpu/one_call.sh"), str(out), "--limit-s", "150", "--rehearse"]
+    done = subprocess.run(
+        [*command, "--stages", "probe,core"], capture_output=True, text=True, check=False, timeout=170, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["llama70b.json", "one_call.log", "probe.json", "summary.txt"]
+    table = (out / "summary.txt").read_text()
+    assert done.stdout.endswith(table)
+    assert len(table.splitlines()) <= summary.MOST_LINES
+
+
+def test_one_call_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    script = str(ROOT / "bench/gpu/one_call.sh")
+    for arguments in ([], [str(tmp_path), "--limit-s", "soon"], [str(tmp_path), "--stages", "everything"], ["--fast"]):
+        done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_killed_call_still_ends_with_its_table(tmp_path: Path) -> None:
+    environment = _bare_environment() | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(ROOT / "bench/gpu/one_call.sh"), str(tmp_path), "--rehearse", "--stages", "core"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert "core: at most" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=30)
+    assert "core: no record" in told or "rehearsal" in told
+    assert (tmp_path / "summary.txt").is_file()
+
+
 def test_a_long_summary_is_cut_and_says_so() -> None:
     lines = summary.shortened([str(number) for number in range(100)])
     assert len(lines) == summary.MOST_LINES
@@ -183,3 +251,46 @@ def test_a_rehearsed_probe_gives_no_ceilings(tmp_path: Path) -> None:
     assert summary.probe_limits(path) == {}
     path.write_text(json.dumps({"rehearsal": False, "limits": {READ_BYTES_S: limit}}))
     assert summary.probe_limits(path)[READ_BYTES_S].value == 3e12
+
+
+def test_the_page_shows_no_number_of_a_rehearsal_and_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    run(tmp_path)
+    (tmp_path / llama70b.FILE_NAME).rename(tmp_path / "gpu-h100-202612-llama70b.json")
+    assert page.measured(tmp_path) == page.NOTHING
+    assert page.keep(tmp_path, "h100-202612", tmp_path) == []
+
+
+def test_the_page_shows_a_real_record_with_its_shares_and_what_was_not_run(tmp_path: Path) -> None:
+    record = run(tmp_path / "out")
+    (row,) = record.rows
+    first = row.cells[0]
+    floor = forecast.Numbers(batch=1, ttft_ms=None, step_ms=number(first, 0.5), tps=number(first, 1.0))
+    cells = (replace(first, floor_measured=floor), replace(first, name="c8-isl512", result=None, not_run="no time"))
+    real = replace(record, rehearsal=False, gpu="h100-sxm", rows=(replace(row, cells=cells),))
+    (tmp_path / "out" / llama70b.FILE_NAME).unlink()
+    write_record(tmp_path / "out" / llama70b.FILE_NAME, llama70b.KIND, real)
+    (kept,) = page.keep(tmp_path / "out", "h100-202612", tmp_path)
+    assert kept.name == "gpu-h100-202612-llama70b.json"
+    text = page.measured(tmp_path)
+    assert "| INT8 | c1-isl512 |" in text
+    assert "50%" in text
+    assert "c8-isl512: not run: no time" in text
+
+
+def number(cell: CellOutcome, share: float) -> Measured:
+    """That share of the cell's median step."""
+    step = cell.result.metrics["itl_ms"].stats["p50"].value
+    return Measured(value=step * share, unit="ms", source=Source.MODELED)
+
+
+def test_the_committed_page_is_what_the_code_makes() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert page.filled(text) == text
+    assert {part for part in ("measured", "floors", "memory", "levers") if f"<!-- begin: {part} -->" in text} == {
+        "measured", "floors", "memory", "levers",
+    }  # fmt: skip
+
+
+def test_without_records_the_page_makes_no_claim() -> None:
+    if not page.records():
+        assert page.NOTHING in (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")

@@ -9,12 +9,12 @@ from support.fake_engine import FakeEngine, FakeScript, RealClock
 from trtkit.spec.bundle import open_bundle
 
 
-def open_scripted(path: Path, **_overrides: object) -> FakeEngine:
+def open_scripted(path: Path, /, **_overrides: object) -> FakeEngine:
     """Opener for a child process."""
     return FakeEngine(script_of(path), clock=RealClock())
 
 
-def open_dying(path: Path, **_overrides: object) -> FakeEngine:
+def open_dying(path: Path, /, **_overrides: object) -> FakeEngine:
     """Dies in its first cell with more than one request in flight."""
     return FakeEngine(script_of(path, die_at_token=40), clock=RealClock())
 

@@ -83,7 +83,8 @@ def compare(setup: Setup) -> list[PeerCell]:
     opened_s = time.monotonic() - started
     try:
         timeouts = Timeouts(start_s=max(setup.left_s(), 1.0), stall_s=max(setup.left_s(), 1.0))
-        ours: RemoteEngine | str = RemoteEngine(_bundle(setup), opener=setup.opener, timeouts=timeouts)
+        overrides = {"path": "device"} if setup.device == "cpu" else {}
+        ours: RemoteEngine | str = RemoteEngine(_bundle(setup), overrides, opener=setup.opener, timeouts=timeouts)
     except TrtkitError as error:
         ours = str(error)
     try:
