@@ -25,6 +25,7 @@ class Plan:
     arrives: int
     budget: int | None
     quantum: int
+    joins: bool
     cancel_at: int | None
 
 
@@ -35,6 +36,7 @@ plans = st.builds(
     arrives=st.integers(0, 30),
     budget=st.none() | st.integers(1, 12),
     quantum=st.integers(1, 9),
+    joins=st.booleans(),
     cancel_at=st.none() | st.integers(0, 40),
 )
 engines = st.tuples(
@@ -53,6 +55,7 @@ def _sequence(index: int, plan: Plan) -> Sequence:
         sequence.evicts = True
         sequence.prefill_quantum = plan.quantum
         sequence.kv_cap_tokens = plan.budget + plan.quantum
+        sequence.joins_pieces = plan.joins
     return sequence
 
 
@@ -111,7 +114,14 @@ class World:
     def evict(self, sequence: Sequence, plan: Plan, start: int, *, ends_piece: bool) -> None:
         assert ends_piece, "an evicting prompt is fed in whole pieces only"
         boundary = start - start % plan.quantum + plan.quantum
-        assert start >= plan.prompt or sequence.num_tokens == min(plan.prompt, boundary)
+        end = sequence.num_tokens
+        if plan.joins:
+            assert start >= plan.prompt or end == plan.prompt or end % plan.quantum == 0
+            assert len(sequence.block_table) * self.limits.tokens_per_block >= min(
+                sequence.cache_len, plan.budget + plan.quantum
+            ), "eviction between pieces bounds what is live, but not below its cap"
+        else:
+            assert start >= plan.prompt or end == min(plan.prompt, boundary)
         if plan.budget is not None and sequence.cache_len > plan.budget:
             sequence.cache_len = plan.budget
             self.scheduler.trim(sequence)

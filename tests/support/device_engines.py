@@ -52,3 +52,23 @@ def open_device(
     chosen = limits(**{"kv_memory_bytes": kv_bytes(spec, blocks, size), **overrides})
     factory = device_runner(spec, policy, late=late, capture=capture, ring_queries=ring_queries)
     return open_tensors(spec, trtllm_tensors(hf), limits=chosen, kv_policy=policy, runner_factory=factory)
+
+
+class Replays:
+    """A capture that is none: what is replayed is the work itself, which must follow the static memory. Counts replays."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+        self.captured = self.replayed = 0
+
+    def __call__(self, work: Any) -> Any:
+        work()
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay

@@ -144,7 +144,8 @@ class Scheduler:
         count = self._count(sequence, budget)
         if count == 0:
             return 0
-        needed = self._blocks(sequence.cache_len + count) - len(sequence.block_table)
+        live = sequence.cache_len + count
+        needed = self._blocks(sequence.capped(live) if sequence.joins_pieces else live) - len(sequence.block_table)
         while needed > self.pool.num_free and self.running[-1].arrival > sequence.arrival:
             self._preempt(self.running[-1], step)
         if needed > self.pool.num_free:
@@ -158,14 +159,16 @@ class Scheduler:
             Feed(
                 sequence=sequence,
                 count=count,
-                ends_piece=end == sequence.piece_end(),
+                ends_piece=end == sequence.piece_end() or (sequence.joins_pieces and end <= sequence.prompt_len),
                 samples=end == sequence.known_len,
             )
         )
         return count
 
     def _count(self, sequence: Sequence, budget: int) -> int:
-        """Tokens of this step: to the end of the piece, whole where the piece must not be split."""
+        """Tokens of this step: to the end of the piece, whole where the piece must not be split; or of several pieces."""
+        if sequence.joins_pieces and sequence.num_tokens < sequence.prompt_len:
+            return sequence.joined_end(budget) - sequence.num_tokens
         count = min(sequence.piece_end() - sequence.num_tokens, sequence.pending)
         in_prompt = sequence.num_tokens < sequence.prompt_len
         whole = sequence.prefill_quantum is not None or not self.limits.enable_chunked_prefill

@@ -140,6 +140,8 @@ class ScoringRun:
         self._runner.admit(sequence, self._policy)
         # Pieces are the caller's here, so the policy's own quantum gives way and its cap grows by a whole piece.
         sequence.prefill_quantum = None
+        if sequence.kv_cap_tokens is not None:
+            sequence.kv_cap_tokens = min(len(request.context_ids), sequence.kv_cap_tokens + _longest_piece(request))
         reserved = blocks_for(_peak_slots(request, sequence), self._limits.tokens_per_block)
         if reserved > self._pool.num_blocks:
             self._runner.forget(sequence)
@@ -233,13 +235,14 @@ class ScoringRun:
 
 
 def _peak_slots(request: ScoreRequest, sequence: Sequence) -> int:
-    """Most live slots at once: the context (or the policy's cap and a piece on top of it), and one continuation."""
-    context = len(request.context_ids)
-    bounds = (0, *request.chunk_ends, context)
-    piece = max(b - a for a, b in pairwise(bounds))
-    if sequence.kv_cap_tokens is not None:
-        context = min(context, sequence.kv_cap_tokens + piece)
+    """Most live slots at once: the context (or what eviction bounds it to) and one continuation."""
+    context = sequence.capped(len(request.context_ids))
     return context + max((len(tokens) - 1 for tokens in request.continuations if tokens), default=0)
+
+
+def _longest_piece(request: ScoreRequest) -> int:
+    bounds = (0, *request.chunk_ends, len(request.context_ids))
+    return max(b - a for a, b in pairwise(bounds))
 
 
 def _context_reading(job: _Job, last: int) -> list[_Reading]:

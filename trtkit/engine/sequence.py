@@ -33,9 +33,10 @@ def blocks_for(tokens: int, tokens_per_block: int) -> int:
 class Sequence:
     """State of one request; `arrival` orders all requests of a run, lower is served first.
 
-    Three fields belong to eviction. `prefill_quantum`: the prompt is fed in whole pieces that end at multiples of
+    Four fields belong to eviction. `prefill_quantum`: the prompt is fed in whole pieces that end at multiples of
     it, so a result does not depend on load. `kv_cap_tokens`: the most slots that are ever live at once. `evicts`:
     after a preemption the generated tokens are fed again one at a time, as they were the first time.
+    `joins_pieces`: a step may feed several pieces of the prompt, because eviction falls between them inside the step.
     `chunk_ends` are positions where a piece must end whatever the quantum (scoring).
     """
 
@@ -46,6 +47,7 @@ class Sequence:
     prefill_quantum: int | None = None
     kv_cap_tokens: int | None = None
     evicts: bool = False
+    joins_pieces: bool = False
     chunk_ends: tuple[int, ...] = ()
     state: SequenceState = SequenceState.WAITING
     output_ids: list[int] = field(default_factory=list)
@@ -100,6 +102,14 @@ class Sequence:
         if self.evicts or ends:
             ends.append(self.prompt_len)
         return min(ends, default=self.known_len)
+
+    def joined_end(self, most: int) -> int:
+        """Position where the last whole piece of the prompt ends that `most` tokens reach; where it is, if none does."""
+        assert self.prefill_quantum is not None, "only pieces of a fixed size are joined"
+        reached = self.num_tokens + most
+        if reached >= self.prompt_len:
+            return self.prompt_len
+        return max(self.num_tokens, reached // self.prefill_quantum * self.prefill_quantum)
 
     def token_slice(self, count: int) -> list[int]:
         """The next `count` tokens to feed."""

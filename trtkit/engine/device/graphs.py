@@ -63,14 +63,28 @@ def buckets(max_batch_size: int) -> tuple[int, ...]:
 class DecodeGraphs:
     """Replays of `work(size)` for every bucket size; where a capture fails, `work` itself runs."""
 
-    def __init__(self, sizes: tuple[int, ...], work: Callable[[int], None], capture: Capture | None) -> None:
-        """Capture every size, the largest first, so that its memory serves the others."""
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        work: Callable[[int], None],
+        capture: Capture | None,
+        prepare: Callable[[int], None],
+    ) -> None:
+        """Capture every size, the largest first, so that its memory serves the others.
+
+        Args:
+            sizes: ascending.
+            work: the step of a size, on static memory.
+            capture: records it; None runs it as it is.
+            prepare: fills the memory of a size with what the warm-up may run on.
+        """
         self.sizes = sizes
         self.notes: list[str] = []
         self._work = work
         self._replays: dict[int, Callable[[], None]] = {}
         for size in reversed(sizes) if capture is not None else ():
             assert capture is not None
+            prepare(size)
             try:
                 self._replays[size] = capture(lambda size=size: work(size))  # type: ignore[misc]
             except RuntimeError as error:

@@ -73,6 +73,7 @@ class DeviceRunner:
         self.cache = cache
         self.max_in_flight = max_in_flight
         self._observer = observer
+        self._counters = EvictionCounters() if observer is None else observer.counters
         self._places: dict[Sequence, int] = {}
         self._free = list(range(limits.max_batch_size - 1, -1, -1))
         self._no_table: Tensor = torch.zeros(0, dtype=torch.int32, device=device)
@@ -99,9 +100,7 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def _captured(self, sizes: tuple[int, ...], capture: Capture | None) -> DecodeGraphs:
-        for size in sizes if capture is not None else ():
-            self._buffers.clear(size)
-        return DecodeGraphs(sizes, self._buffers.work, capture)
+        return DecodeGraphs(sizes, self._buffers.work, capture, prepare=self._buffers.clear)
 
     def _split(self, before: dict[str, int], activation_bytes: int | None) -> dict[str, int]:
         after = _device_bytes(self.cache.device)
@@ -137,7 +136,7 @@ class DeviceRunner:
     @property
     def counters(self) -> EvictionCounters:
         """Totals of eviction."""
-        return EvictionCounters() if self._observer is None else self._observer.counters
+        return self._counters
 
     @property
     def failures(self) -> list[tuple[Sequence, str]]:
@@ -154,6 +153,7 @@ class DeviceRunner:
         sequence.kv_policy = policy
         if self._observer is not None:
             self._observer.admit(sequence)
+            sequence.joins_pieces = sequence.evicts and sequence.prefill_quantum is not None
         elif not policy.is_full:
             raise UnsupportedError(f"KV policy {policy.label!r}: this engine was opened without eviction")
 
@@ -205,7 +205,8 @@ class DeviceRunner:
         """Release weights, cache and everything captured. The runner cannot be used afterwards."""
         self.cache.release()
         device = self.cache.device
-        del self.weights, self._parts, self._buffers, self._graphs, self._observer
+        del self.weights, self._parts, self._buffers, self._graphs
+        self._observer = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
