@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+
 import pytest
 import torch
 
-from trtkit.kernels import matmul
+from trtkit.kernels import matmul, matmul_tiles
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+
+from trtkit.kernels import triton_matmul
 
 EPS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -80,3 +92,76 @@ def test_fp8_rounds_both_operands_for_many_tokens():
     found = matmul.fp8_linear(x, weight, scale, bias)
     error = (found.double() - expected).abs().max() / expected.abs().max()
     assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 33, 130])
+@pytest.mark.parametrize("weight_type", [torch.int8, torch.float8_e4m3fn, None])
+def test_kernel_equals_the_float64_product(weight_type, tokens):
+    dtype = torch.float16
+    x, weight, scale, bias, expected = random_problem(tokens, 40, 96, weight_type or dtype, dtype, bias=tokens == 9)
+    out = torch.full((tokens, 40), torch.nan, dtype=dtype)
+    triton_matmul.fused_linear(x, weight, scale, bias, out)
+    assert_close(out, expected, dtype)
+
+
+def test_kernel_in_bf16_with_strided_rows_equals_the_float64_product():
+    x, weight, scale, _, expected = random_problem(6, 33, 70, torch.int8, torch.bfloat16)
+    wide_x, wide_out = torch.randn(6, 90).bfloat16(), torch.zeros(6, 50, dtype=torch.bfloat16)
+    wide_x[:, :70] = x
+    triton_matmul.fused_linear(wide_x[:, :70], weight, scale, None, wide_out[:, :33])
+    assert_close(wide_out[:, :33], expected, torch.bfloat16)
+    assert not wide_out[:, 33:].any()
+
+
+def test_pieces_of_a_long_sum_are_added_by_the_last_program_and_the_counters_are_left_at_zero():
+    x, weight, scale, _, expected = random_problem(3, 64, 1000, torch.int8, torch.float16)
+    assert matmul_tiles.num_pieces(triton_matmul._INTERPRETED_TILE, 16, 2, 1000, 1, 132) > 2
+    out = torch.empty(3, 64, dtype=torch.float16)
+    for _ in range(2):
+        triton_matmul.fused_linear(x, weight, scale, None, out)
+        assert_close(out, expected, torch.float16)
+    assert not triton_matmul._counters(x.device).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_byte_of_both_eight_bit_types_widens_exactly(dtype):
+    """A row of the unit matrix reads one weight: all 256 values of a byte come out as they are."""
+    unit = torch.eye(16, dtype=dtype)
+    codes = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    ones = torch.ones(16, dtype=dtype)
+    for weight in (codes.view(torch.int8), codes.masked_fill(codes % 128 == 127, 0).view(torch.float8_e4m3fn)):
+        out = torch.empty(16, 16, dtype=dtype)
+        triton_matmul.fused_linear(unit, weight, ones, None, out)
+        torch.testing.assert_close(out.T.float(), weight.float(), rtol=0, atol=0)
+
+
+def test_weights_widened_outside_the_product_give_the_same(monkeypatch):
+    x, weight, scale, bias, expected = random_problem(600, 24, 48, torch.int8, torch.float16, bias=True)
+    monkeypatch.setattr(matmul_tiles, "WORKSPACE_BYTES", 48 * 2 * 7)
+    assert_close(triton_matmul.linear(x, weight, scale, bias), expected, torch.float16)
+
+
+def test_fp32_activations_and_no_tokens_at_all_are_served():
+    x, weight, scale, _, expected = random_problem(4, 24, 48, torch.int8, torch.float32)
+    assert_close(triton_matmul.linear(x, weight, scale, None), expected, torch.float32)
+    assert triton_matmul.linear(x[:0].half(), weight, scale, None).shape == (0, 24)
+
+
+@pytest.mark.parametrize("inputs", [96, 8192 + 48])
+def test_rows_quantised_by_the_kernel_equal_the_twin(inputs):
+    x = torch.randn(4, inputs, generator=torch.Generator().manual_seed(2)) * torch.tensor([[1.0], [1e-3], [1e4], [0.0]])
+    quantised, scale = triton_matmul.quantise_rows_fp8(x.bfloat16())
+    expected, expected_scale = matmul.quantise_rows_twin(x.bfloat16())
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    assert (quantised.float() == expected.float()).float().mean() > 0.999
+
+
+def test_fp8_product_equals_the_twin_and_falls_back_to_widening_the_weight(monkeypatch):
+    x, weight, scale, bias, exact = random_problem(70, 32, 64, torch.float8_e4m3fn, torch.bfloat16, bias=True)
+    expected = matmul.fp8_linear_twin(x, weight, scale, bias).float()
+    monkeypatch.setattr(triton_matmul, "fp8_way", lambda *_: ("rowwise", 1))
+    out = torch.empty(70, 32, dtype=torch.bfloat16)
+    assert triton_matmul.fp8_linear(x, weight, scale, bias, out=out) is out
+    assert (out.float() - expected).abs().max() <= 0.02 * expected.abs().max()
+    monkeypatch.setattr(triton_matmul, "fp8_way", lambda *_: ("dequantise", 1))
+    assert_close(triton_matmul.fp8_linear(x, weight, scale, bias), exact, torch.bfloat16)

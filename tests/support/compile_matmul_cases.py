@@ -1,0 +1,49 @@
+"""Calls that compile the kernels of `trtkit.kernels.triton_matmul` at Llama 3 70B's shapes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from triton.runtime import driver
+
+from trtkit.kernels import triton_matmul
+
+
+def _weight(outputs: int, inputs: int, dtype: torch.dtype):
+    """An untouched weight and its scales; memory that nobody writes costs nothing."""
+    scale = None if dtype in {torch.float16, torch.bfloat16} else torch.empty(outputs, dtype=torch.float16)
+    return torch.empty(outputs, inputs, dtype=dtype), scale
+
+
+def _linear(tokens: int, dtype: torch.dtype, weight_type: torch.dtype) -> None:
+    weight, scale = _weight(8192, 8192, weight_type)
+    x, out = torch.empty(tokens, 8192, dtype=dtype), torch.empty(tokens, 8192, dtype=dtype)
+    triton_matmul.fused_linear(x, weight, scale, None, out)
+
+
+def _dequantise() -> None:
+    weight, scale = _weight(1024, 8192, torch.int8)
+    triton_matmul.dequantise(weight, scale, torch.empty(1024, 8192, dtype=torch.float16))
+
+
+def _quantise() -> None:
+    if driver.active.get_current_device() >= 89:  # below, the hardware makes no FP8
+        triton_matmul.quantise_rows_fp8(torch.empty(4, 28672, dtype=torch.bfloat16))
+
+
+CASES = {
+    "dequantise": _dequantise,
+    "quantise rows": _quantise,
+    "int8, 1 token": partial(_linear, 1, torch.float16, torch.int8),
+    "int8, 16 tokens": partial(_linear, 16, torch.float16, torch.int8),
+    "int8, 32 tokens": partial(_linear, 32, torch.float16, torch.int8),
+    "int8, 64 tokens": partial(_linear, 64, torch.float16, torch.int8),
+    "int8, 128 tokens": partial(_linear, 128, torch.float16, torch.int8),
+    "int8 in bf16, 32 tokens": partial(_linear, 32, torch.bfloat16, torch.int8),
+    "fp8 in bf16, 1 token": partial(_linear, 1, torch.bfloat16, torch.float8_e4m3fn),
+    "fp8, 32 tokens": partial(_linear, 32, torch.float16, torch.float8_e4m3fn),
+    "fp16, 1 token": partial(_linear, 1, torch.float16, torch.float16),
+    "fp16, 32 tokens": partial(_linear, 32, torch.float16, torch.float16),
+    "fp16, 64 tokens": partial(_linear, 64, torch.float16, torch.float16),
+}

@@ -1,0 +1,129 @@
+"""The arithmetic behind the matrix kernels' launches: tiles to try, pieces of a sum, channels to widen at once.
+
+Nothing here was measured on a GPU; what is modeled or assumed says so. Which tile is used is measured, at warm-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+FUSED_ROWS = 512
+"""Up to so many tokens 8-bit weights are widened inside the product, above into a workspace for torch's own product.
+
+Modeled: widening outside moves 5 bytes a weight instead of 1 (114 ms for 68.5e9 weights at 3.0 TB/s), the fused
+product is assumed at 400 TFLOP/s where torch's reaches 750; the two meet at about 700 tokens."""
+
+WORKSPACE_BYTES = 1 << 28
+"""Bound on the workspace for widened weights."""
+
+MAX_TILES = 1 << 13
+"""Tiles of one product whose sums may be cut in pieces; there is a counter for each."""
+
+_L2_BYTES = 36 << 20
+"""A workspace of this size mostly stays in an H100's 50 MB of L2 (assumed)."""
+
+_SHARED_BYTES = 227 * 1024
+_MOST_PROGRAMS = 8
+_SATURATING_SHARE = 0.5
+"""Assumed: programs on half the places they could have still saturate the memory, for each has stages to spare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Output channels and inputs of one step of a program, steps in flight, warps."""
+
+    outputs: int
+    inputs: int
+    stages: int
+    warps: int
+
+    def held_bytes(self, width: int, item: int) -> int:
+        """Shared memory of a program with `width` tokens of 16 bits and weights of `item` bytes."""
+        return max(1, self.stages - 1) * self.inputs * (self.outputs * item + width * 2) + 1024
+
+
+_TILES = {
+    16: [(64, 256, 3, 4), (128, 128, 4, 4), (64, 128, 4, 2), (32, 256, 4, 2), (128, 256, 3, 8)],
+    32: [(128, 128, 3, 4), (128, 128, 4, 4), (256, 64, 4, 4), (256, 128, 3, 8), (64, 128, 4, 2)],
+    64: [(128, 128, 3, 8), (256, 64, 3, 8), (128, 128, 3, 4)],
+    128: [(128, 64, 4, 8), (128, 128, 3, 8), (64, 64, 4, 4)],
+}
+"""By the tokens' width; for 16-bit weights half the inputs.
+
+Up to 32 tokens the weight is the right operand of `mma.sync`, to which it comes by 16-byte copies and `ldmatrix`: 2.0
+instructions a weight. From 64 on Triton would take Hopper's wgmma, which wants a right operand in shared memory that
+is 16 bits wide already; there 8-bit weights are the left operand, widened in registers: 4.4 instructions a weight and
+8-byte copies, for twice the tensor rate. Wide tiles from 32 tokens on, because every tile reads all tokens again:
+at 32 tokens and 64 channels L2 would deliver as many bytes of tokens as of weights."""
+
+WIDTHS = tuple(_TILES)
+
+
+@cache
+def tiles_for(width: int, item: int) -> tuple[Tile, ...]:
+    """What is tried for one width of the tokens and size of a weight's element."""
+    return tuple(
+        Tile(outputs=outputs, inputs=inputs // item, stages=stages, warps=warps)
+        for outputs, inputs, stages, warps in _TILES[width]
+    )
+
+
+@cache
+def token_width(tokens: int) -> int:
+    """How wide the tokens' side of a tile is: a tensor core's 16 at least, 128 at most."""
+    return next((width for width in WIDTHS if width >= tokens), WIDTHS[-1])
+
+
+@cache
+def num_tiles(tile: Tile, width: int, tokens: int, outputs: int) -> int:
+    """Tiles of a product's result."""
+    return -(-outputs // tile.outputs) * -(-tokens // width)
+
+
+@cache
+def num_pieces(tile: Tile, width: int, tiles: int, inputs: int, item: int, multiprocessors: int) -> int:
+    """In how many pieces the sum over inputs is cut (modeled).
+
+    Time is counted in steps of one program while every place on the GPU is taken. A last wave that leaves places
+    empty costs nothing as long as the rest still saturates memory; a program has a step of ramp, and adding pieces
+    up costs about two.
+    """
+    places = multiprocessors * max(1, min(_MOST_PROGRAMS, _SHARED_BYTES // tile.held_bytes(width, item)))
+    steps = -(-inputs // tile.inputs)
+    best, choice = float("inf"), 1
+    for pieces in range(1, 17):
+        if pieces > 1 and (steps < 4 * pieces or tiles > MAX_TILES):
+            break
+        full, rest = divmod(tiles * pieces / places, 1)
+        waves = full + (max(rest, _SATURATING_SHARE) if rest else 0)
+        time = steps / pieces * waves + 1 + (2 if pieces > 1 else 0)
+        if time < best * 0.98:
+            best, choice = time, pieces
+    return choice
+
+
+@cache
+def partial_elements(
+    candidates: tuple[Tile, ...], tokens: int, shape: tuple[int, int], item: int, multiprocessors: int
+) -> int:
+    """fp32 sums to make room for, whichever tile is used on a weight of `shape`; 1 where no sum is cut."""
+    most, width = 1, token_width(tokens)
+    for tile in candidates:
+        tiles = num_tiles(tile, width, tokens, shape[0])
+        pieces = num_pieces(tile, width, tiles, shape[1], item, multiprocessors)
+        if pieces > 1:
+            most = max(most, tiles * pieces * tile.outputs * width)
+    return most
+
+
+def channels_at_once(tokens: int, outputs: int, inputs: int, multiprocessors: int) -> int:
+    """Output channels to widen before one call of torch's product (modeled).
+
+    Tiles of 128 x 256 are assumed for that product: the channels fill whole waves of the SMs, as many waves as keep
+    the widened copy in L2, at least one.
+    """
+    per_wave = 256 * max(1, multiprocessors // -(-tokens // 128))
+    waves = max(1, _L2_BYTES // (per_wave * inputs * 2))
+    most = max(1, WORKSPACE_BYTES // (inputs * 2))
+    return min(outputs, per_wave * waves, most)

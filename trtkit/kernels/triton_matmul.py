@@ -1,0 +1,280 @@
+# ruff: noqa: ANN001, ANN202, ANN401, E741, PLR0913, PLR0917
+# mypy: disable-error-code="no-untyped-def"
+"""The Triton kernels behind `trtkit.kernels.matmul`; that module says what each computes, and its twins define it.
+
+Imported only where Triton is. Few tokens are bound by reading the weights once, so everything about `_linear` serves
+that: 16-byte copies into shared memory, several stages ahead, from enough programs to fill every SM; a program owns
+BO output channels, and tokens that a tile has room for but nobody sent are not read. Where output channels are too few to fill the GPU, the sum over inputs is cut in pieces; the program that finishes last adds
+them, in order, so the result is the same every time.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trtkit.kernels.dispatch import num_multiprocessors
+from trtkit.kernels.matmul_tiles import (
+    FUSED_ROWS,
+    MAX_TILES,
+    WIDTHS,
+    Tile,
+    channels_at_once,
+    num_pieces,
+    num_tiles,
+    partial_elements,
+    tiles_for,
+    token_width,
+)
+from trtkit.kernels.scaled_mm import fp8_way, scaled_linear
+from trtkit.kernels.triton_widen import widen
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED_TILE = Tile(outputs=32, inputs=64, stages=1, warps=4)
+_SMALL_PROGRAM_REGISTERS = 248
+"""For programs of two warps: all a thread can have, lest the assembler spills to fit more programs on an SM."""
+
+
+def linear(
+    x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """See `trtkit.kernels.matmul.linear`."""
+    tokens, outputs = x_TI.shape[0], weight_OI.shape[0]
+    if out is None:
+        out = torch.empty(tokens, outputs, dtype=x_TI.dtype, device=x_TI.device)
+    if tokens == 0:
+        return out
+    if x_TI.dtype is torch.float32:  # no tensor core takes it at full width; nothing here is meant for it
+        return _widened(x_TI, weight_OI, scale_O, bias_O, out)
+    if tokens <= 64 or (scale_O is not None and tokens <= FUSED_ROWS):
+        return fused_linear(x_TI, weight_OI, scale_O, bias_O, out)
+    return _widened(x_TI, weight_OI, scale_O, bias_O, out)
+
+
+def fused_linear(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, out: Tensor) -> Tensor:
+    """One pass over the weight as it is stored, for any number of tokens."""
+    tokens, (outputs, inputs) = x_TI.shape[0], weight_OI.shape
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    kind, bits = _kind(weight_OI)
+    width, item = token_width(tokens), bits.element_size()
+    multiprocessors = num_multiprocessors(x_TI.device)
+    room = partial_elements(_candidates(width, item), tokens, (outputs, inputs), item, multiprocessors)
+    partial = torch.empty(room, dtype=torch.float32, device=x_TI.device)
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int]:
+        tile = Tile(outputs=meta["BO"], inputs=meta["BI"], stages=meta["STAGES"], warps=meta["WARPS"])
+        tiles = num_tiles(tile, width, tokens, outputs)
+        return tiles, num_pieces(tile, width, tiles, inputs, item, multiprocessors)
+
+    _linear[grid](
+        x_TI, bits, scale_O, bias_O, out, partial, _counters(x_TI.device), tokens, outputs, inputs,
+        x_TI.stride(0), out.stride(0),
+        KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=bias_O is not None, BT=width, LEFT=width >= 64 and item == 1, ASM=not INTERPRETED,
+    )  # fmt: skip
+    return out
+
+
+def fp8_linear(
+    x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """See `trtkit.kernels.matmul.fp8_linear`."""
+    way, padding = fp8_way(x_TI.device, *weight_OI.shape)
+    if way == "dequantise":
+        return linear(x_TI, weight_OI, scale_O, bias_O, out=out)
+    product = scaled_linear(x_TI, weight_OI, scale_O, way, padding)
+    if bias_O is not None:
+        product += bias_O
+    if out is None:
+        return product.to(x_TI.dtype)
+    return out.copy_(product)
+
+
+def dequantise(weight_OI: Tensor, scale_O: Tensor, out_OI: Tensor) -> Tensor:
+    """Write `weight * scale` in the type of `out_OI`, a contiguous tensor of the same shape."""
+    kind, bits = _kind(weight_OI)
+    outputs, inputs = weight_OI.shape
+    _dequantise[(outputs, triton.cdiv(inputs, 4096))](
+        bits, scale_O, out_OI, inputs, KIND=kind, BI=4096, ASM=not INTERPRETED, num_warps=4
+    )
+    return out_OI
+
+
+def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """See `trtkit.kernels.matmul.quantise_rows_fp8`."""
+    tokens, inputs = x_TI.shape
+    if x_TI.stride(1) != 1:
+        x_TI = x_TI.contiguous()
+    quantised = torch.empty(tokens, inputs, dtype=torch.float8_e4m3fn, device=x_TI.device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=x_TI.device)
+    if tokens:
+        block = min(8192, triton.next_power_of_2(inputs))
+        _quantise_rows[(tokens,)](
+            x_TI, quantised, scale, inputs, x_TI.stride(0), BI=block, ROUND=INTERPRETED, num_warps=8
+        )
+    return quantised, scale
+
+
+def _widened(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, out: Tensor) -> Tensor:
+    """torch's product, over a few output channels of a quantised weight at a time."""
+    outputs, inputs = weight_OI.shape
+    if scale_O is None:
+        torch.mm(x_TI, weight_OI.T, out=out)
+    else:
+        step = channels_at_once(x_TI.shape[0], outputs, inputs, num_multiprocessors(x_TI.device))
+        workspace = torch.empty(step, inputs, dtype=x_TI.dtype, device=x_TI.device)
+        for start in range(0, outputs, step):
+            rows = slice(start, min(outputs, start + step))
+            wide = dequantise(weight_OI[rows], scale_O[rows], workspace[: rows.stop - start])
+            torch.mm(x_TI, wide.T, out=out[:, rows])
+    return out if bias_O is None else out.add_(bias_O)
+
+
+def _kind(weight_OI: Tensor) -> tuple[str, Tensor]:
+    """What the kernel has to widen, and the weight as a type that Triton loads on every GPU."""
+    if weight_OI.dtype is torch.int8:
+        return "int8", weight_OI
+    if weight_OI.dtype is torch.float8_e4m3fn:
+        return "fp8", weight_OI.view(torch.uint8)
+    return "plain", weight_OI
+
+
+def _candidates(width: int, item: int) -> tuple[Tile, ...]:
+    return (_INTERPRETED_TILE,) if INTERPRETED else tiles_for(width, item)
+
+
+def _configuration(tile: Tile) -> triton.Config:
+    registers = _SMALL_PROGRAM_REGISTERS if tile.warps == 2 else None
+    shape = {"BO": tile.outputs, "BI": tile.inputs, "STAGES": tile.stages, "WARPS": tile.warps}
+    return triton.Config(shape, num_warps=tile.warps, maxnreg=registers)
+
+
+def _configurations() -> list[triton.Config]:
+    if INTERPRETED:
+        return [_configuration(_INTERPRETED_TILE)]
+    return [_configuration(tile) for width in WIDTHS for item in (1, 2) for tile in tiles_for(width, item)]
+
+
+def _prune(_: list[triton.Config], named: dict[str, Any], **keywords: Any) -> list[triton.Config]:
+    return [_configuration(tile) for tile in tiles_for(keywords["BT"], named["weight"].element_size())]
+
+
+def _bench(call: Any, quantiles: Any) -> Any:
+    """Short: kernels take tens of microseconds, and there are dozens of shapes to choose for."""
+    return triton.testing.do_bench(call, warmup=3, rep=15, quantiles=quantiles)
+
+
+@cache
+def _counters(device: torch.device) -> Tensor:
+    """One zero per tile; every launch leaves them zero again. Launches that share them must share a stream."""
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+@triton.autotune(
+    configs=_configurations(),
+    key=["O", "I", "BT"],
+    prune_configs_by={"early_config_prune": _prune},
+    do_bench=_bench,
+)
+@triton.heuristics({"EVEN": lambda named: named["I"] % named["BI"] == 0})
+@triton.jit
+def _linear(
+    x, weight, scale, bias, out, partial, counters, T, O, I, stride_x, stride_out,
+    KIND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, LEFT: tl.constexpr,
+    ASM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    token_tiles = tl.cdiv(T, BT)
+    tile = tl.program_id(0)  # those of the same channels are neighbours, so that L2 reads the weight once
+    piece = tl.program_id(1)
+    pieces = tl.num_programs(1)
+    channel = (tile // token_tiles) * BO + tl.arange(0, BO)
+    token = (tile % token_tiles) * BT + tl.arange(0, BT)
+    lane = tl.arange(0, BI)
+    steps = tl.cdiv(I, BI)
+    weights = weight + tl.minimum(channel, O - 1).to(tl.int64)[:, None] * I + lane[None, :]
+    rows = x + token.to(tl.int64)[:, None] * stride_x + lane[None, :]
+    there = (token < T)[:, None]
+    DTYPE: tl.constexpr = x.dtype.element_ty if ASM else tl.float32  # the interpreter cannot multiply bf16
+    sums = tl.zeros([BO, BT] if LEFT else [BT, BO], tl.float32)
+    for step in tl.range(steps * piece // pieces, steps * (piece + 1) // pieces, num_stages=STAGES):
+        at = step * BI
+        if EVEN:
+            bits = tl.load(weights + at, eviction_policy="evict_first")
+            tokens = tl.load(rows + at, mask=there, other=0.0)
+        else:
+            inside = (at + lane < I)[None, :]
+            bits = tl.load(weights + at, mask=inside, other=0)
+            tokens = tl.load(rows + at, mask=there & inside, other=0.0)
+        wide = widen(bits, KIND, DTYPE, ASM)
+        if LEFT:
+            sums = tl.dot(wide, tl.trans(tokens.to(DTYPE)), sums, input_precision="ieee")
+        else:
+            sums = tl.dot(tokens.to(DTYPE), tl.trans(wide), sums, input_precision="ieee")
+    if LEFT:
+        sums = tl.trans(sums)
+    last = pieces == 1
+    if pieces > 1:
+        sums, last = _add_pieces(sums, partial, counters, tile, piece, pieces, BT, BO)
+    if last:
+        inside = channel < O
+        if HAS_SCALE:
+            sums *= tl.load(scale + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if HAS_BIAS:
+            sums += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+        place = out + token.to(tl.int64)[:, None] * stride_out + channel[None, :]
+        tl.store(place, sums.to(out.dtype.element_ty), mask=there & inside[None, :])
+
+
+@triton.jit
+def _add_pieces(sums, partial, counters, tile, piece, pieces, BT: tl.constexpr, BO: tl.constexpr):
+    """Leave this program's sums for the last one of its tile; whether this is it, and then the whole sum."""
+    flat = tl.arange(0, BT)[:, None] * BO + tl.arange(0, BO)[None, :]
+    mine = partial + tile.to(tl.int64) * pieces * (BO * BT) + flat
+    tl.store(mine + piece * (BO * BT), sums)
+    tl.debug_barrier()  # every thread's part is stored before one thread says so
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == pieces - 1
+    if last:
+        sums = tl.zeros([BT, BO], tl.float32)
+        for index in range(pieces):
+            sums += tl.load(mine + index * (BO * BT), cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+    return sums, last
+
+
+@triton.jit
+def _dequantise(weight, scale, out, I, KIND: tl.constexpr, BI: tl.constexpr, ASM: tl.constexpr):
+    channel = tl.program_id(0)
+    lane = tl.program_id(1) * BI + tl.arange(0, BI)
+    inside = lane < I
+    start = channel.to(tl.int64) * I
+    bits = tl.load(weight + start + lane, mask=inside, other=0, eviction_policy="evict_first")
+    wide = widen(bits, KIND, out.dtype.element_ty, ASM).to(tl.float32) * tl.load(scale + channel).to(tl.float32)
+    tl.store(out + start + lane, wide.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quantise_rows(x, quantised, scale, I, stride_x, BI: tl.constexpr, ROUND: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BI)
+    largest = tl.zeros([BI], tl.float32)
+    for start in range(0, I, BI):
+        part = tl.load(x + row * stride_x + start + lane, mask=start + lane < I, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(part))
+    top = tl.max(largest, 0)
+    size = tl.where(top > 0, tl.div_rn(top, 448.0), 1.0)
+    for start in range(0, I, BI):
+        part = tl.load(x + row * stride_x + start + lane, mask=start + lane < I, other=0.0).to(tl.float32)
+        part = tl.minimum(tl.maximum(tl.div_rn(part, size), -448.0), 448.0)
+        if ROUND:  # the interpreter's cast does not round to nearest, so what it casts is rounded before
+            quantum = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.maximum(tl.abs(part), 2.0**-20))), -6.0) - 3)
+            shift = quantum * (3 << 22)
+            part = (part + shift) - shift
+        tl.store(quantised + row * I + start + lane, part.to(tl.float8e4nv), mask=start + lane < I)
+    tl.store(scale + row, size)
