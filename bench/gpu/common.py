@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import statistics
 import sys
 import time
@@ -32,7 +33,7 @@ for _folder in (ROOT / "plugins" / "h2o", ROOT):
         sys.path.insert(0, str(_folder))
 
 from trtkit.benchmark.environment import fingerprint  # noqa: E402 - the path comes first
-from trtkit.spec.codec import write_record  # noqa: E402
+from trtkit.spec.codec import from_plain, read_envelope, write_record  # noqa: E402
 from trtkit.spec.measured import Measured  # noqa: E402
 from trtkit.spec.result import Environment  # noqa: E402
 
@@ -109,8 +110,8 @@ class Record:
 class Session:
     """Device, time left and the record of one run; the record is written again after every item."""
 
-    def __init__(self, kind: str, args: argparse.Namespace) -> None:
-        """Take stock of the machine.
+    def __init__(self, kind: str, args: argparse.Namespace, row_type: type | None = None) -> None:
+        """Take stock of the machine; `row_type` is what the record's rows are, for a run that goes on.
 
         Raises:
             SystemExit: no CUDA device, and this is no rehearsal.
@@ -119,7 +120,7 @@ class Session:
             raise SystemExit("no CUDA device here; --rehearse runs the same calls on a CPU, without rates")
         self.rehearsal = bool(args.rehearse)
         self.device = torch.device("cpu" if self.rehearsal else "cuda")
-        self.kind, self.out = kind, Path(args.out)
+        self.kind, self.out, self._args = kind, Path(args.out), args
         self._started, self._limit_s = time.monotonic(), float(args.time_limit_s)
         self.generator = torch.Generator(device=self.device).manual_seed(args.seed)
         self.l2_bytes = 0 if self.rehearsal else torch.cuda.get_device_properties(0).L2_cache_size
@@ -130,6 +131,8 @@ class Session:
             seed=args.seed,
             clocks_before=clocks(rehearsal=self.rehearsal),
         )
+        if args.resume_at and row_type is not None:
+            self._go_on(row_type)
 
     @property
     def left_s(self) -> float:
@@ -184,23 +187,48 @@ class Session:
     def items(self, planned: Sequence[tuple[str, float, Callable[[], object]]]) -> None:
         """Run named items, most important first, each if its expected seconds are left; an item that fails is noted.
 
-        Running out of memory or a kernel that cannot run here must not cost the items after it.
+        Running out of memory or a kernel that cannot run here must not cost the items after it. A fault that leaves
+        the CUDA context unusable starts this script again at the next item.
         """
-        for name, expected_s, run in planned:
+        for index, (name, expected_s, run) in enumerate(planned):
+            if index < self._args.resume_at or (self._args.only and self._args.only not in name):
+                continue
             if not self.rehearsal and self.left_s < expected_s:
                 self.record.not_run.append(name)
                 continue
             try:
                 with torch.inference_mode():
                     run()
+                    self._settle()
             except _survivable() as error:
                 if self.rehearsal:
                     raise
                 self.record.notes.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
-            finally:
-                if not self.rehearsal:
-                    torch.cuda.empty_cache()
+                self.write()
+                if _context_is_lost():
+                    self._start_again(index + 1)
+            if not self.rehearsal:
+                torch.cuda.empty_cache()
             self.write()
+
+    def _settle(self) -> None:
+        """Wait for an item's work, so that its faults are told as its own."""
+        if not self.rehearsal:
+            torch.cuda.synchronize()
+
+    def _start_again(self, index: int) -> None:
+        print(f"the CUDA context is lost; going on at item {index} in a fresh process", file=sys.stderr, flush=True)
+        left = max(0.0, self.left_s)
+        more = ["--resume-at", str(index), "--time-limit-s", f"{left:.0f}", "--seed", str(self._args.seed)]
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *more])
+
+    def _go_on(self, row_type: type) -> None:
+        """Take over what the record holds from before the fresh start."""
+        data = read_envelope(self.out, self.kind)
+        self.record.rows = [from_plain(row_type, row) for row in data["rows"]]
+        self.record.limits = {key: from_plain(Measured, value) for key, value in data["limits"].items()}
+        self.record.notes, self.record.not_run = list(data["notes"]), list(data["not_run"])
+        self.record.clocks_before = from_plain(Clocks, data["clocks_before"])
 
 
 def arguments(doc: str | None, *, time_limit_s: float) -> argparse.ArgumentParser:
@@ -209,6 +237,8 @@ def arguments(doc: str | None, *, time_limit_s: float) -> argparse.ArgumentParse
     parser.add_argument("--out", type=Path, required=True, help="the record, a JSON file")
     parser.add_argument("--time-limit-s", type=float, default=time_limit_s, help="begin nothing that would not fit")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the random inputs; fresh by default")
+    parser.add_argument("--only", default="", help="run only items whose name contains this")
+    parser.add_argument("--resume-at", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny shapes, no rates")
     return parser
 
@@ -307,6 +337,16 @@ def _survivable() -> tuple[type[Exception], ...]:
 
         found.append(TritonError)
     return tuple(found)
+
+
+def _context_is_lost() -> bool:
+    """Whether CUDA refuses all further work in this process, as after an illegal address."""
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device="cuda").add_(1).cpu()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _calls(call: Call, count: int) -> None:

@@ -36,7 +36,7 @@ Item = tuple[str, float, Callable[[], object]]
 def main() -> None:
     """Run all items that fit the time."""
     args = parse_args()
-    session = Session(KIND, args)
+    session = Session(KIND, args, KernelRow)
     limits = {} if session.rehearsal else probed_limits(args.probe or session.out.with_name("probe.json"))
     bench = Bench(
         session=session,

@@ -250,7 +250,7 @@ def _clocks(found: Clocks) -> str:
 
 def main() -> None:
     """Run the items, most important first."""
-    session = Session(KIND, arguments(__doc__, time_limit_s=60).parse_args())
+    session = Session(KIND, arguments(__doc__, time_limit_s=60).parse_args(), ProbeRow)
     probe = Probe(session)
     tokens = (4096, 512)
     session.items([

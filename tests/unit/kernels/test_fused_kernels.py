@@ -225,6 +225,22 @@ def test_eight_bit_cache_is_rounded_saturated_and_keeps_nan(dtype, scale):
     torch.testing.assert_close(value, wanted, rtol=1 / 16, atol=2**-10, equal_nan=True)
 
 
+def test_every_bfloat16_becomes_the_nearest_eight_bit_value():
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(64, 8, 128)
+    qkv = torch.cat((torch.zeros(64, 9, 128, dtype=torch.bfloat16), every), dim=1)
+    cache = torch.zeros(8, 2, 8, 8, 128, dtype=torch.float8_e4m3fn)
+    tables, places = torch.arange(8, dtype=torch.int32)[None], torch.arange(64, dtype=torch.int32)
+    table = torch.ones(1, 64, dtype=torch.bfloat16)
+    triton_fused.rope_write(
+        qkv, torch.zeros_like(places), table, table, cache, tables, torch.zeros_like(places), places, num_heads=1
+    )
+    written = cache[:, 1].float().transpose(1, 2).reshape(64, 8, 128)
+    expected = fused.to_cache_type(every, torch.float8_e4m3fn).float()
+    torch.testing.assert_close(written, expected, rtol=0, atol=0, equal_nan=True)
+    assert int(torch.isnan(expected).sum()) == 254
+    assert written[every == torch.inf].item() == fused.FP8_MAX
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("run", [fused.embed, triton_fused.embed])
 def test_embedding_gives_zeros_for_what_is_no_token(run, dtype):

@@ -1,0 +1,345 @@
+"""The GPU scripts without a GPU: rehearsed whole as their own processes, and their timing against a pretended clock."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import common, kernel_bench, kernels, probe
+from trtkit.spec.dtype import DType
+from trtkit.spec.measured import Measured, Source
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"probe": "gpu-probe", "kernels": "gpu-kernels"}
+
+
+def rehearse(script, out, *more):
+    """Run a script as somebody without an installation would: from elsewhere, with nothing on the path."""
+    environment = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "TRITON_INTERPRET"}}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error::UserWarning:__main__"}
+    command = [sys.executable, ROOT / "bench" / "gpu" / f"{script}.py", "--rehearse", "--out", out, *more]
+    done = subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    body = json.loads(out.read_text(encoding="utf-8"))
+    assert body["kind"] == SCRIPTS[script]
+    return done.stdout, body["data"]
+
+
+def session_for(tmp_path, kind="gpu-kernels", **more):
+    options = {"rehearse": True, "out": tmp_path / "r.json", "time_limit_s": 60, "seed": 1, "only": "", "resume_at": 0}
+    return common.Session(kind, argparse.Namespace(**(options | more)))
+
+
+def rates_in(data):
+    """Whatever in a record could be taken for a measurement."""
+    rows = data["rows"]
+    named = [row.get(key) for row in rows for key in ("timing", "torch_timing", "value", "share", "floor_us")]
+    return [value for value in [*named, *data["limits"].values()] if value is not None]
+
+
+def test_the_probe_rehearses_without_rates(tmp_path):
+    text, data = rehearse("probe", tmp_path / "probe.json")
+    assert data["rehearsal"] is True
+    assert data["complete"] is True
+    assert rates_in(data) == []
+    assert {"read", "copy", "write", "launch, torch"} <= {row["name"] for row in data["rows"]}
+    assert sum(row["name"].startswith("fp8") for row in data["rows"]) >= 16
+    assert text == "\n".join(data["lines"]) + "\n" == "probe: rehearsal, 32 items ran, no rates\n"
+
+
+def test_the_kernels_rehearse_without_rates_and_every_family_is_right(tmp_path):
+    _, data = rehearse("kernels", tmp_path / "kernels.json", "--seed", "5")
+    assert data["rehearsal"] is True
+    assert data["seed"] == 5
+    assert rates_in(data) == []
+    assert data["notes"] == data["not_run"] == []
+    assert {row["family"] for row in data["rows"]} == {"matmul", "paged", "ranking", "fused", "sampling"}
+    assert [row for row in data["rows"] if not row["ok"]] == []
+    assert all(row["runs"] == "twin" and row["bytes_moved"] > 0 for row in data["rows"])
+    assert any(row["error"] > 0 for row in data["rows"])
+    names = [f"{row['name']} {row['dtype']} {row['shape']}" for row in data["rows"]]
+    assert len(names) == len(set(names)), "an item ran twice"
+
+
+def test_a_run_that_starts_again_keeps_what_it_had(tmp_path):
+    out = tmp_path / "kernels.json"
+    _, first = rehearse("kernels", out, "--only", "norm T=")
+    _, both = rehearse("kernels", out, "--only", "greedy", "--resume-at", "1")
+    assert [row["name"] for row in first["rows"]] == ["add and norm"] * 3
+    assert [row["name"] for row in both["rows"]] == ["add and norm"] * 3 + ["greedy"] * 2
+    assert both["rows"][:3] == first["rows"]
+
+
+def test_without_a_gpu_and_without_rehearsal_one_line_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    command = [sys.executable, ROOT / "bench" / "gpu" / "probe.py", "--out", tmp_path / "probe.json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "no CUDA device here; --rehearse runs the same calls on a CPU, without rates\n"
+    assert not (tmp_path / "probe.json").exists()
+
+
+def case(**more):
+    options = {
+        "family": "fused", "name": "one", "shape": {"T": 1}, "dtype": "bf16", "call": lambda _: None,
+        "check": lambda: [(torch.ones(4), torch.ones(4))], "bound": 0.0, "work": kernel_bench.Work(bytes_moved=8),
+    }  # fmt: skip
+    return kernel_bench.Case(**(options | more))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "ok", "error"),
+    [
+        ([(torch.ones(4), torch.ones(4))], True, 0.0),
+        ([(torch.zeros(4), torch.zeros(4))], True, 0.0),
+        ([(torch.full((4,), 1.5), torch.ones(4))], False, 0.5),
+        ([(torch.ones(4), torch.ones(4)), (torch.full((4,), 3.0), torch.ones(4))], False, 2.0),
+        ([(torch.tensor([1.0, float("nan")]), torch.ones(2))], False, None),
+        ([(torch.tensor([1.0, float("inf")]), torch.ones(2))], False, None),
+        ([(torch.ones(4), torch.zeros(4))], False, None),
+    ],
+)
+def test_a_result_that_is_wrong_is_marked_wrong(tmp_path, pairs, ok, error):
+    session = session_for(tmp_path)
+    kernel_bench.Bench(session=session, scale=kernel_bench.TINY).measure(case(check=lambda: pairs))
+    (row,) = session.record.rows
+    assert (row.ok, row.error) == (ok, error)
+    text = "\n".join(kernels.lines_of(session))
+    assert ("WRONG: one" in text) is not ok
+
+
+def rate(value, unit="B/s"):
+    return Measured(value=value, unit=unit, source=Source.MEASURED)
+
+
+def test_the_floor_is_the_largest_of_bytes_operations_and_a_launch():
+    work = kernel_bench.Work(bytes_moved=3000, flops=8e6)
+    limits = {"read_bytes_s": rate(3e9), "matmul_flops_s.bf16": rate(1e12), "matmul_flops_s.fp8": rate(16e12)}
+    assert kernel_bench.floor(work, limits) == (pytest.approx(8.0), "flops")
+    eight_bits = kernel_bench.Work(bytes_moved=3000, flops=8e6, operands=DType.FP8)
+    assert kernel_bench.floor(eight_bits, limits) == (pytest.approx(1.0), "bytes")
+    assert kernel_bench.floor(eight_bits, limits | {"graph_node_s": rate(2e-6)}) == (pytest.approx(2.0), "launch")
+    assert kernel_bench.floor(work, {"read_bytes_s": rate(3e9)}) == (None, "")
+    assert kernel_bench.floor(work, {}) == (None, "")
+
+
+def test_the_datasheet_is_found_by_the_name_that_the_driver_tells():
+    limits = kernel_bench.datasheet_limits("NVIDIA H100 80GB HBM3")
+    assert limits["read_bytes_s"].value == 3.35e12
+    assert limits["read_bytes_s"].source is Source.DATASHEET
+    assert kernel_bench.datasheet_limits("NVIDIA H200")["read_bytes_s"].value == 4.8e12
+    assert kernel_bench.datasheet_limits("a toaster") == {}
+
+
+def test_products_count_their_bytes_and_operations(tmp_path):
+    session = session_for(tmp_path)
+    bench = kernel_bench.Bench(session=session, scale=kernel_bench.TINY)
+    kernels.kernel_products.product(bench, "int8", "qkv", 3)
+    kernels.kernel_attention.decode(bench, "fp8", 3, 24)
+    linear, attention = session.record.rows
+    assert linear.bytes_moved == 192 * 64 + 2 * 192 + 2 * 3 * 64 + 2 * 3 * 192
+    assert linear.flops == 2 * 3 * 64 * 192
+    assert attention.bytes_moved == 3 * 24 * 2 * 2 * 16 + 3 * 8 * (2 * 2 * 16 + 4)
+    assert attention.flops == 4 * 3 * 24 * 8 * 16
+
+
+class PretendedGpu:
+    """Just enough of `torch.cuda`: every call takes a given time on a clock that only calls move."""
+
+    def __init__(self, monkeypatch, *, capturable=True):
+        self.now_us, self.graph, self.launched, self.capturable = 0.0, None, 0, capturable
+        for name in ("Event", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def run(self, duration_us):
+        if self.graph is not None:
+            self.graph.append(duration_us)
+        else:
+            self.launched += 1
+            self.now_us += duration_us + 5.0  # a launch costs more than a node
+
+    def Event(self, enable_timing):  # noqa: N802
+        gpu = self
+
+        class Event:
+            def record(self):
+                self.at = gpu.now_us
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) / 1000
+
+        return Event()
+
+    def CUDAGraph(self):  # noqa: N802
+        gpu = self
+
+        class Graph(list):
+            def replay(self):
+                gpu.now_us += sum(self)
+
+        return Graph()
+
+    @contextlib.contextmanager
+    def capture(self, graph):
+        self.graph = graph
+        try:
+            yield
+            if not self.capturable:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            self.graph = None
+
+
+def test_short_calls_are_timed_in_a_graph_over_all_rotating_inputs(monkeypatch):
+    gpu = PretendedGpu(monkeypatch)
+    seen = set()
+
+    def call(index):
+        seen.add(index % 3)
+        gpu.run(7.0)
+
+    timing = common.time_on_gpu(call, 3, budget_s=0.01)
+    assert (timing.how, timing.note) == ("graph", "")
+    assert timing.median_us == pytest.approx(7.0)
+    assert timing.calls_per_sample % 3 == 0
+    assert timing.calls_per_sample >= 500
+    assert timing.samples >= 5
+    assert seen == {0, 1, 2}
+
+
+def test_long_calls_are_timed_one_by_one(monkeypatch):
+    gpu = PretendedGpu(monkeypatch)
+    timing = common.time_on_gpu(lambda _: gpu.run(3000.0), 2, budget_s=0.01)
+    assert timing.how == "events"
+    assert timing.median_us == pytest.approx(3005.0)
+    assert timing.calls_per_sample == 2
+
+
+def test_what_cannot_be_captured_is_launched_and_the_note_says_why(monkeypatch):
+    gpu = PretendedGpu(monkeypatch, capturable=False)
+    timing = common.time_on_gpu(lambda _: gpu.run(7.0), budget_s=0.01)
+    assert timing.how == "events"
+    assert timing.median_us == pytest.approx(12.0)
+    assert timing.note == "not captured: operation not permitted when stream is capturing"
+
+
+def real_run(session, monkeypatch):
+    """Let a rehearsal's session believe that it measures."""
+    session.rehearsal = False
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(common, "_context_is_lost", lambda: False)
+
+
+def test_a_failing_item_is_noted_and_an_item_without_time_is_listed(tmp_path, monkeypatch):
+    session = session_for(tmp_path)
+    real_run(session, monkeypatch)
+    ran = []
+
+    def fail():
+        raise torch.cuda.OutOfMemoryError("no room\nat all")
+
+    session.items(
+        [("first", 1.0, fail), ("long", 1e6, lambda: ran.append("long")), ("last", 1.0, lambda: ran.append(1))]
+    )
+    assert ran == [1]
+    assert session.record.notes == ["first: OutOfMemoryError: no room"]
+    assert session.record.not_run == ["long"]
+    session.finish(["done"])
+    data = json.loads(session.out.read_text(encoding="utf-8"))["data"]
+    assert (data["complete"], data["not_run"], data["lines"]) == (False, ["long"], ["done"])
+
+
+def test_a_lost_context_starts_the_script_again_after_the_guilty_item(tmp_path, monkeypatch):
+    session = session_for(tmp_path)
+    real_run(session, monkeypatch)
+    monkeypatch.setattr(common, "_context_is_lost", lambda: True)
+    started = []
+
+    def fail():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(common.os, "execv", lambda _, command: started.append(command))
+    session.items([("good", 1.0, lambda: None), ("bad", 1.0, fail)])
+    (command,) = started
+    assert command[0] == sys.executable
+    assert command[command.index("--resume-at") + 1] == "2"
+    assert command[command.index("--seed") + 1] == "1"
+    assert json.loads(session.out.read_text(encoding="utf-8"))["data"]["notes"][0].startswith("bad: RuntimeError")
+
+
+def timing(median_us):
+    return common.Timing(
+        median_us=median_us, p10_us=median_us, p90_us=median_us, least_us=median_us, samples=5, calls_per_sample=8,
+        how="graph",
+    )  # fmt: skip
+
+
+def kernel_row(name, shape, *, family="matmul", dtype="int8", us=100.0, floor_us=90.0):
+    return kernel_bench.KernelRow(
+        family=family, name=name, shape=shape, dtype=dtype, runs="triton", ok=True, error=0.001, error_largest=0.01,
+        error_bound=0.01, reference="float64", bytes_moved=8, flops=8.0, timing=timing(us), floor_us=floor_us,
+        limit_by="bytes", share=floor_us / us, torch_name="t", torch_timing=timing(2 * us), times_torch=2.0,
+    )  # fmt: skip
+
+
+def test_the_table_adds_up_a_step_and_shows_the_rest(tmp_path):
+    session = session_for(tmp_path)
+    session.record.rehearsal = False
+    for name in ("qkv", "dense", "gate_up", "down"):
+        session.record.rows.append(kernel_row(f"int8 {name}", {"T": 1, "O": 1, "I": 1}))
+    session.record.rows.append(kernel_row("fp8 qkv", {"T": 1, "O": 1, "I": 1}))
+    for count in (1, 8):
+        shape = {"B": count, "N": 512}
+        session.record.rows.append(kernel_row("decode attention", shape, family="paged", us=10.0 * count))
+    session.record.notes.append("score: RuntimeError: no")
+    session.record.not_run.append("rest")
+    lines = kernels.lines_of(session)
+    assert "int8, 1 tokens        32.00  90%         2.00x" in lines
+    assert not any(line.startswith("fp8, 1 tokens") for line in lines)
+    assert any(line.startswith("decode attention, B=8 N=512") and "80.0" in line for line in lines)
+    assert "failed: score: RuntimeError: no" in lines
+    assert lines[-1] == "not run, no time left: 1 items"
+
+
+def test_the_probes_table_tells_ceilings_and_what_held_the_clocks(tmp_path):
+    session = session_for(tmp_path, "gpu-probe")
+    record = session.record
+    record.rehearsal, record.gpu = False, "NVIDIA H100 80GB HBM3"
+    state = common.Clocks(sm_mhz=1755, sm_max_mhz=1980, memory_mhz=2619, temperature_c=40, power_w=600.5)
+    record.clocks_before = record.clocks_after = state
+    keep = probe.Probe(session)._keep
+    capped = common.Clocks(sm_mhz=1400, reasons=("idle", "power cap"))
+    for name, value in (("slow", 2.5e12), ("quick", 3.0e12), ("slower", 2.0e12)):
+        keep(probe.ProbeRow(name=name, value=value, unit="B/s", clocks_after=capped), "read_bytes_s")
+    for value in (3e-6, 2e-6, 4e-6):
+        keep(probe.ProbeRow(name="node", value=value, unit="s"), "graph_node_s")
+    keep(probe.ProbeRow(name="wrong", value=9e12, unit="B/s", ok=False), "read_bytes_s")
+    assert record.limits["read_bytes_s"].value == 3.0e12
+    assert record.limits["graph_node_s"].value == 2e-6
+    lines = probe.lines_of(session)
+    assert "SM 1755 of 1980 MHz, memory 2619 MHz, 40 C, 600.5 W, held by: none" in lines[0]
+    assert "read_bytes_s  3.000 TB/s  quick, median" in lines
+    assert "clock limits seen: power cap" in lines
+    assert "WRONG RESULT: wrong" in lines
+    session.write()
+    limits = kernel_bench.probed_limits(session.out)
+    assert limits == record.limits
+    record.rehearsal = True
+    session.write()
+    assert kernel_bench.probed_limits(session.out) == {}
+    assert kernel_bench.probed_limits(tmp_path / "none.json") == {}
