@@ -134,6 +134,7 @@ class ReferenceSide(Side):
     def feed(self, sequence: Sequence, stream: Stream, count: int) -> None:
         """The next `count` tokens, piece by piece."""
         end = sequence.num_tokens + count
+        sequence.output_ids[:] = [0] * max(len(sequence.output_ids), end - sequence.prompt_len)
         while sequence.num_tokens < end:
             part = min(sequence.piece_end(), end) - sequence.num_tokens
             self._piece(sequence, stream, part)
@@ -141,7 +142,6 @@ class ReferenceSide(Side):
     def _piece(self, sequence: Sequence, stream: Stream, count: int) -> None:
         self.room(sequence, sequence.cache_len + count)
         end = sequence.num_tokens + count
-        sequence.output_ids[:] = [0] * max(len(sequence.output_ids), end - sequence.prompt_len)
         item = RowInput(sequence=sequence, token_ids=(0,) * count, ends_piece=end == sequence.piece_end())
         batch = build_batch([item], self.cache, torch.float32)
         for layer in range(self.model.num_layers):

@@ -35,7 +35,7 @@ class DeviceLedger:
         end = first_slot + positions_T.shape[0]
         assert end <= self.mass_LHC.shape[2], f"{end} slots in a ledger of {self.mass_LHC.shape[2]}"
         self.positions_LHC[layers, :, first_slot:end] = positions_T
-        self.mass_LHC[layers, :, first_slot:end] = 0
+        self.mass_LHC[layers, :, first_slot:end].zero_()
 
     def mass(self, layers: slice, live: int) -> Tensor:
         """View of live mass, [L, H, N]."""
