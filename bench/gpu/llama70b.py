@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu import sources
-from bench.gpu.memory import fits, memory_rows
+from bench.gpu.memory import fits, memory_rows, most_in_flight
 from bench.gpu.sweep import CellPlan, RowOutcome, Sweep, run_row
 from trtkit.backends.remote import DEFAULT_OPENER
 from trtkit.plan.names import gpu_word
@@ -42,7 +42,8 @@ KIND = "gpu-llama70b"
 FILE_NAME = "llama70b.json"
 OSL = 256
 LIMITS = Limits(max_batch_size=32, max_num_tokens=4096, max_seq_len=4352, kv_fraction=0.92)
-TUNED = replace(LIMITS, max_batch_size=64)
+# H2O's rings are held for every place of the batch, so its limit is the batch that is worth having at each length.
+SHORT, LONG = replace(LIMITS, max_batch_size=48), replace(LIMITS, max_batch_size=16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +65,18 @@ ROWS: dict[str, Row] = {
         cells=("c1-isl512", "c32-isl512", "c1-isl4096", "c8-isl512", "c32-isl4096", "c8-isl4096"),
     ),
     "int8-h2o": Row(
-        label="INT8 + H2O 50% + tuned batching",
+        label="INT8 + H2O 50% + tuned batching (48)",
         precision="int8",
         kv="h2o:50%",
-        limits=TUNED,
-        cells=("c32-isl512", "c32-isl4096", "c64-isl512", "c1-isl4096", "c1-isl512", "c8-isl4096", "c8-isl512"),
+        limits=SHORT,
+        cells=("c32-isl512", "c48-isl512", "c1-isl512", "c1-isl4096", "c8-isl512", "c32-isl4096"),
+    ),
+    "int8-h2o-long": Row(
+        label="INT8 + H2O 50% + tuned batching (16)",
+        precision="int8",
+        kv="h2o:50%",
+        limits=LONG,
+        cells=("c32-isl4096", "c8-isl4096"),
     ),
     "fp8": Row(
         label="FP8",
@@ -82,10 +90,10 @@ ROWS: dict[str, Row] = {
         cells=("c32-isl4096", "c32-isl512", "c1-isl512", "c1-isl4096", "c8-isl512", "c8-isl4096"),
     ),
     "int8-tuned": Row(
-        label="INT8 + tuned batching",
+        label="INT8 + tuned batching (48)",
         precision="int8",
-        limits=TUNED,
-        cells=("c64-isl512", "c32-isl4096", "c32-isl512"),
+        limits=SHORT,
+        cells=("c48-isl512",),
     ),
     "fp16": Row(
         label="FP16",
@@ -121,7 +129,7 @@ def real_scale(gpu: str) -> Scale:
     return Scale(
         model=model_preset("llama-3-70b"),
         isl={"isl512": 512, "isl4096": 4096},
-        concurrency={f"c{n}": n for n in (1, 8, 32, 64)},
+        concurrency={f"c{n}": n for n in (1, 8, 32, 48)},
         osl=OSL,
         gpu=gpu,
         rehearsal=False,
@@ -147,7 +155,7 @@ def rehearsal_scale() -> Scale:
     return Scale(
         model=model,
         isl={"isl512": 32, "isl4096": 96},
-        concurrency={"c1": 1, "c8": 2, "c32": 3, "c64": 4},
+        concurrency={"c1": 1, "c8": 2, "c32": 3, "c48": 4},
         osl=24,
         gpu="cpu",
         rehearsal=True,
@@ -219,9 +227,15 @@ def limits_from(path: Path | None, gpu: str) -> Mapping[str, Measured]:
 
 
 def default_rows(scale: Scale) -> list[str]:
-    """Every row whose weights and one longest request fit, FP16 first where it does: that is an H200's own row."""
-    wide = [key for key in ("fp16",) if fits(plan_of(key, scale)) and not scale.rehearsal]
-    return [CORE_ROWS[0], *wide, *(key for key in ROWS if key not in (*CORE_ROWS, "fp16"))]
+    """Every row whose weights and one longest request fit: INT8, FP16 where it does (an H200's own row), the others.
+
+    The small batch of H2O is for a card whose memory the large one's rings would take from the caches.
+    """
+    plans = {key: plan_of(key, scale) for key in ROWS}
+    wide = [key for key in ("fp16",) if fits(plans[key]) and not scale.rehearsal]
+    roomy = (most_in_flight(plans["int8-h2o"], LIMITS.max_seq_len) or 0) >= LIMITS.max_batch_size
+    left_out = (*CORE_ROWS, "fp16", *(["int8-h2o-long"] if roomy else []))
+    return [*CORE_ROWS, *wide, *(key for key in ROWS if key not in left_out and fits(plans[key]))]
 
 
 class Writer:

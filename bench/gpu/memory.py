@@ -25,6 +25,13 @@ WORKSPACE_BYTES = 256 * MIB
 CONTEXT_BYTES = int(0.75 * GIB)
 """CUDA context, library handles and their workspaces, captured graphs (assumed until measured)."""
 LOGIT_BYTES = 4
+SAMPLING_BYTES = 48
+"""Per logit while a token is drawn: sorted values and ids, probabilities and their sums (the engine's own count)."""
+RING_QUERIES = 16
+RING_LSE_BYTES = 4
+LEDGER_SLOT_BYTES = 8
+MIN_PIECE, PIECES_PER_BUDGET = 256, 8
+"""What the device's eviction holds for each place in a batch: decode queries that wait, and a mass and a position a slot."""
 
 
 def placement(plan: BuildPlan) -> Placement:
@@ -50,7 +57,20 @@ def activation_bytes(plan: BuildPlan) -> int:
     mlp = 2 * hidden + 3 * model.intermediate_size
     attention = 2 * hidden + heads + 2 * model.num_kv_heads * model.head_dim + 2 * heads
     step = limits.max_num_tokens * max(mlp, attention) * plan.quant.compute.bits // 8
-    return step + limits.max_batch_size * model.vocab_size * LOGIT_BYTES
+    logits = limits.max_batch_size * model.vocab_size
+    return max(step + logits * LOGIT_BYTES, logits * SAMPLING_BYTES)
+
+
+def eviction_bytes(plan: BuildPlan) -> int:
+    """Rings of queries and ledgers of a full batch of the longest requests, allocated whether or not they run."""
+    if plan.kv.is_full:
+        return 0
+    model, longest = plan.model, plan.limits.max_seq_len
+    budget = plan.kv.resolved(longest).budget or longest
+    piece = max(MIN_PIECE, budget // PIECES_PER_BUDGET, plan.kv.interval or plan.limits.tokens_per_block)
+    ledger = model.num_layers * model.num_kv_heads * min(budget + piece, longest) * LEDGER_SLOT_BYTES
+    place = model.num_layers * model.num_heads * (model.head_dim * plan.quant.compute.bits // 8 + RING_LSE_BYTES)
+    return plan.limits.max_batch_size * (RING_QUERIES * place + ledger)
 
 
 def workspace_bytes(quant: QuantSpec) -> int:
@@ -67,6 +87,7 @@ def device_model(plan: BuildPlan) -> dict[str, int] | None:
         "weights": work.weight_bytes(plan.model, plan.quant),
         "activations": activation_bytes(plan),
         "workspace": workspace_bytes(plan.quant),
+        "eviction": eviction_bytes(plan),
         "context": CONTEXT_BYTES,
     }
     block = plan.limits.tokens_per_block * plan.model.kv_bytes_per_token(plan.quant.kv)

@@ -166,12 +166,16 @@ def memory_table() -> str:
                     f"{found['plan.activations'] + found['plan.runtime']:.2f}",
                     f"{found['plan.kv_pool']:.2f}",
                     f"{other:.2f}",
+                    f"{found['model.eviction']:.2f}",
                     f"{found['model.kv_pool']:.2f}",
                     str(most_in_flight(plan, 4096 + 256)),
                 ]
             )
     head = ["GPU", "row", "weights (exact)", "`trtkit plan`: activations + runtime", "its pool"]
-    return markdown([*head, "this engine: other than weights", "its pool", "requests of 4,352 tokens"], rows)
+    return markdown(
+        [*head, "this engine: other than weights", "H2O's rings and ledgers", "its pool", "requests of 4,352 tokens"],
+        rows,
+    )
 
 
 def lever_table() -> str:
@@ -189,7 +193,7 @@ def lever_table() -> str:
 
 def _levers() -> list[tuple[str, BuildPlan, int, str]]:
     scale = real_scale("h100-sxm")
-    int8, h2o = plan_of("int8", scale), plan_of("int8-h2o", scale)
+    int8, h2o = plan_of("int8", scale), plan_of("int8-h2o-long", scale)
 
     def quant(changed: QuantSpec) -> BuildPlan:
         return replace(int8, quant=changed)

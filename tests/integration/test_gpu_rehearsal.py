@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -144,8 +145,17 @@ def test_measured_ceilings_give_a_floor_of_their_own() -> None:
 def test_h2o_at_half_the_cache_nearly_doubles_the_long_requests_in_flight() -> None:
     scale = llama70b.real_scale("h100-sxm")
     full = memory.most_in_flight(llama70b.plan_of("int8", scale), 4352)
-    half = memory.most_in_flight(llama70b.plan_of("int8-h2o", scale), 4352)
+    half = memory.most_in_flight(llama70b.plan_of("int8-h2o-long", scale), 4352)
     assert half / full >= 1.8
+
+
+def test_what_the_devices_eviction_holds_is_counted_as_the_engine_counts_it() -> None:
+    from trtkit.engine.device.setup import eviction_bytes
+
+    scale = llama70b.real_scale("h100-sxm")
+    plan = llama70b.plan_of("int8-h2o-long", scale)
+    weights = SimpleNamespace(model=plan.model, dtype=SimpleNamespace(itemsize=2))
+    assert memory.eviction_bytes(plan) == pytest.approx(eviction_bytes(weights, plan.limits, plan.kv), rel=0.02)
 
 
 def test_the_memory_model_adds_up_to_no_more_than_the_device() -> None:
@@ -183,12 +193,12 @@ def test_the_device_path_rehearses_every_row(tmp_path: Path) -> None:
     assert record.rehearsal
     assert [row.lost for row in record.rows] == [None] * len(record.rows)
     ran = {row.row: [cell for cell in row.cells if cell.result is not None] for row in record.rows}
-    assert {"int8", "int8-h2o", "fp8", "int8-kv8"} <= set(ran)
+    assert {"int8", "int8-h2o", "int8-h2o-long", "fp8", "int8-kv8"} == set(ran)
     failed = [
         check for cells in ran.values() for cell in cells for check in cell.result.checks if check.status == "fail"
     ]
     assert failed == []
-    evicted = [repeat.kv.tokens_evicted for cell in ran["int8-h2o"] for repeat in cell.result.repeats]
+    evicted = [repeat.kv.tokens_evicted for cell in ran["int8-h2o-long"] for repeat in cell.result.repeats]
     assert min(evicted) > 0
     assert "tok/s" not in done.stdout
 
