@@ -128,7 +128,6 @@ def test_equal_logits_are_drawn_in_the_order_of_their_ids():
     how = [Sampling(temperature=1.0)] * 4
     assert draw(torch.zeros(4, 4), how, [0.1, 0.3, 0.6, 0.9]).tolist() == [0, 1, 2, 3]
     assert draw(torch.zeros(4, 4), how, [0.0, 0.25, 0.5, 0.75]).tolist() == [0, 1, 2, 3]
-    assert sample(torch.zeros(1, 4), how, [(0, 0)]) == draw(torch.zeros(1, 4), how[:1], [uniform(0, 0)]).tolist()
 
 
 def test_rows_that_are_no_numbers_are_marked_whatever_the_temperature():
