@@ -7,7 +7,7 @@
 # what time is left and is ended when it is over; records are written as they come, so a killed call leaves what was done.
 # OUT_DIR gets at most eight flat files: probe.json selfcheck.json kernels.json llama70b.json h2o.json peers.json
 # summary.txt one_call.log. --rehearse runs the same stages on a CPU with tiny shapes and gives no rates.
-# Exit: 0 if every asked stage left its record, and INT8 its first cell where "core" was asked; 1 otherwise.
+# Exit: 0 if INT8's first cell is there, or, without the core stage, every asked stage's record; 1 otherwise.
 set -u -o pipefail
 
 usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }

@@ -108,7 +108,9 @@ def test_a_rehearsal_renders_no_number(tmp_path: Path) -> None:
     assert "rehearsal" in lines[0]
     assert not [line for line in lines if " ms" in line or "tok/s" in line]
     assert summary.complete(tmp_path, ["core"])
-    assert not summary.complete(tmp_path, ["core", "h2o"])
+    assert summary.complete(tmp_path, ["core", "h2o"])
+    assert not summary.complete(tmp_path, ["h2o"])
+    assert not summary.complete(tmp_path / "nowhere", ["core"])
 
 
 def test_the_h100_rows_are_those_whose_weights_leave_room_for_a_request() -> None:
