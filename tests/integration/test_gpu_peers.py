@@ -34,7 +34,6 @@ class SamplingParams:
 
     temperature: float
     max_tokens: int
-    min_tokens: int
     ignore_eos: bool
     detokenize: bool
     output_kind: RequestOutputKind

@@ -85,7 +85,7 @@ def engine_arguments(setup: Setup, directory: Path, quantisation: str) -> dict[s
 
 def sampling_arguments(osl: int) -> dict[str, Any]:
     """Keyword arguments of `SamplingParams` but for `output_kind`: greedy, exactly `osl` tokens, no text."""
-    return {"temperature": 0.0, "max_tokens": osl, "min_tokens": osl, "ignore_eos": True, "detokenize": False}
+    return {"temperature": 0.0, "max_tokens": osl, "ignore_eos": True, "detokenize": False}
 
 
 def missing() -> str | None:
