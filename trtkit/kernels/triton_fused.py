@@ -152,7 +152,11 @@ def _silu_mul(gate_up, out, stride_in, stride_out, WIDTH: tl.constexpr, BLOCK: t
     tl.store(out + token * stride_out + at, (active * up).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# A prompt's piece may begin at any token, and steps differ in columns: neither may ask for another compilation.
+@triton.jit(
+    do_not_specialize=["stride_table"],
+    do_not_specialize_on_alignment=["positions", "tables", "rows", "slots", "ring_index"],
+)
 def _rope_write(
     qkv, positions, cosines, sines, q_out, cache, tables, rows, slots, ring, ring_index, q_norm, k_norm,
     stride_token, stride_block, stride_kv, stride_head, stride_slot, stride_table, stride_ring, epsilon,
@@ -234,7 +238,7 @@ def _e4m3(x):
     return tl.where(x != x, 0x7F, code)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["token_ids"])
 def _embed(token_ids, table, out, stride_table, stride_out, vocab_size, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
