@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from trtkit.kernels.dispatch import use_triton
-from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, PagedQueries, gather_sequence
+from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, PagedQueries, decode_splits, gather_sequence
 from trtkit.kernels.paged_twins import (
     compact_layers_twin,
     compact_twin,
@@ -44,18 +44,6 @@ __all__ = [
     "score_twin",
     "use_triton",
 ]
-
-MAX_SPLITS = 16
-"""The last program of a sequence adds up this many results at most: 64 KiB for 8 heads of 128, under 1 us (modeled)."""
-
-
-def decode_splits(rows: int, kv_heads: int, multiprocessors: int) -> int:
-    """Parts that decode attention cuts each of `rows` sequences into, so that every multiprocessor has work.
-
-    Four programs a multiprocessor let short and long sequences even out; a power of two keeps compiled variants few.
-    """
-    wanted = max(1, 4 * multiprocessors // max(1, rows * kv_heads))
-    return int(min(MAX_SPLITS, 1 << (wanted.bit_length() - 1)))
 
 
 def paged_decode_attention(  # noqa: PLR0913 - outputs the caller may own, all by keyword
@@ -243,8 +231,8 @@ def compact_layers(
         positions_LHC: int32 ledger that moves along, last axis contiguous, if any.
     """
     if use_triton(storage):
-        from trtkit.kernels import triton_score
+        from trtkit.kernels import triton_compact
 
-        triton_score.compact_layers(storage, table_M, keep_RK, length, mass_LHC, positions_LHC)
+        triton_compact.compact_layers(storage, table_M, keep_RK, length, mass_LHC, positions_LHC)
         return
     compact_layers_twin(storage, table_M, keep_RK, length, mass_LHC, positions_LHC)

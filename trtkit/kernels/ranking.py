@@ -8,9 +8,7 @@ from torch import Tensor
 from trtkit.kernels.dispatch import use_triton
 
 
-def keep_best(
-    scores: Tensor, positions: Tensor, num_tokens: int, *, tokens: int, sinks: int, recent: int
-) -> Tensor:
+def keep_best(scores: Tensor, positions: Tensor, num_tokens: int, *, tokens: int, sinks: int, recent: int) -> Tensor:
     """Slots of sinks, recent window and best scores, exactly `tokens` per row.
 
     Sinks are positions below `sinks`, the recent window the last `recent` positions before `num_tokens`; the rest is

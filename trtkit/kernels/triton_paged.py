@@ -1,8 +1,8 @@
 # ruff: noqa: ANN001, ANN202, PLR0913, PLR0917
 # mypy: disable-error-code="no-untyped-def"
-"""The Triton kernels behind `trtkit.kernels.paged`; that module says what each computes, and its twins define it.
+"""Scores and named moves in one layer of several sequences; `trtkit.kernels.paged` says what they are.
 
-Imported only where Triton is. Shapes as there; a program owns all query heads of one KV head, so keys are read once.
+Imported only where Triton is. A program owns all query heads of one KV head, so keys are read once.
 """
 
 from __future__ import annotations
@@ -14,29 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trtkit.kernels.paged import PagedBatch, PagedQueries
+from trtkit.kernels.paged_batch import PagedBatch, PagedQueries
+from trtkit.kernels.triton_tiles import as_product, product_type, readable
 
 _KEY_TILE = 64
 _QUERY_TILE = 32
-_MIN_DOT = 16
-
-
-def paged_decode_attention(queries_BHD: Tensor, batch: PagedBatch) -> tuple[Tensor, Tensor]:
-    """See `trtkit.kernels.paged.paged_decode_attention`."""
-    sequences, query_heads, dim = queries_BHD.shape
-    kv_heads = batch.cache.shape[2]
-    group = query_heads // kv_heads
-    queries = queries_BHD.contiguous()
-    out = torch.empty_like(queries)
-    lse = torch.empty(sequences, query_heads, dtype=torch.float32, device=queries.device)
-    _decode[(sequences, kv_heads)](
-        queries, batch.cache, batch.blocks_BM, batch.lengths_B, out, lse,
-        batch.cache.stride(0), batch.cache.stride(1), batch.cache.stride(2), batch.cache.stride(3),
-        batch.blocks_BM.stride(0), 1 / math.sqrt(dim),
-        HEADS=kv_heads, GROUP=group, GROUP_PAD=max(_MIN_DOT, triton.next_power_of_2(group)),
-        DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=batch.tokens_per_block, KEY_TILE=_KEY_TILE,
-    )  # fmt: skip
-    return out, lse
 
 
 def score_paged(
@@ -50,12 +32,12 @@ def score_paged(
         return mass
     _score[(sequences, kv_heads, triton.cdiv(longest, _KEY_TILE))](
         queries.heads_RHD.contiguous(), lse_RH.contiguous(), weights_R, queries.starts_B1, queries.positions_R,
-        batch.cache, batch.blocks_BM, batch.lengths_B, positions.contiguous(), mass,
+        readable(batch.cache), batch.blocks_BM, batch.lengths_B, positions.contiguous(), mass,
         batch.cache.stride(0), batch.cache.stride(2), batch.cache.stride(3),
         batch.blocks_BM.stride(0), longest, 1 / math.sqrt(dim),
         HEADS=kv_heads, GROUP=query_heads // kv_heads,
         DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=batch.tokens_per_block,
-        KEY_TILE=_KEY_TILE, QUERY_TILE=_QUERY_TILE,
+        DOT=product_type(queries.heads_RHD.dtype, batch.cache.dtype), KEY_TILE=_KEY_TILE, QUERY_TILE=_QUERY_TILE,
     )  # fmt: skip
     return mass
 
@@ -65,50 +47,12 @@ def compact_paged(cache: Tensor, blocks_BM: Tensor, moves_M4: Tensor) -> None:
     if moves_M4.shape[0] == 0:
         return
     dim = cache.shape[4]
+    stored = readable(cache)
     _compact[(moves_M4.shape[0], 2)](
-        cache, blocks_BM, moves_M4.contiguous(),
+        stored, blocks_BM, moves_M4.contiguous(),
         cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3), blocks_BM.stride(0),
         DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=cache.shape[3],
     )  # fmt: skip
-
-
-@triton.jit
-def _decode(
-    queries, cache, tables, lengths, out, lse,
-    stride_block, stride_kv, stride_head, stride_slot, stride_table, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, KEY_TILE: tl.constexpr,
-):  # fmt: skip
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
-    length = tl.load(lengths + sequence)
-    lane = tl.arange(0, GROUP_PAD)
-    dim = tl.arange(0, DIM_PAD)
-    row = sequence * HEADS * GROUP + head * GROUP + lane
-    inside = (lane < GROUP)[:, None] & (dim < DIM)[None, :]
-    query = tl.load(queries + row[:, None] * DIM + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-    best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    weighted = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-    for first in range(0, length, KEY_TILE):
-        slot = first + tl.arange(0, KEY_TILE)
-        live = slot < length
-        block = tl.load(tables + sequence * stride_table + slot // BLOCK, mask=live, other=0).to(tl.int64)
-        at = block * stride_block + head * stride_head + (slot % BLOCK) * stride_slot
-        readable = live[:, None] & (dim < DIM)[None, :]
-        key = tl.load(cache + at[:, None] + dim[None, :], mask=readable, other=0.0).to(tl.float32)
-        value = tl.load(cache + stride_kv + at[:, None] + dim[None, :], mask=readable, other=0.0).to(tl.float32)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        logits = tl.where(live[None, :], logits, float("-inf"))
-        higher = tl.maximum(best, tl.max(logits, 1))
-        shrink = tl.exp(best - higher)
-        mass = tl.exp(logits - higher[:, None])
-        total = total * shrink + tl.sum(mass, 1)
-        weighted = weighted * shrink[:, None] + tl.dot(mass, value, input_precision="ieee")
-        best = higher
-    result = weighted / total[:, None]
-    tl.store(out + row[:, None] * DIM + dim[None, :], result.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + row, best + tl.log(total), mask=lane < GROUP)
 
 
 @triton.jit
@@ -116,7 +60,7 @@ def _score(
     queries, lse, weights, starts, query_positions, cache, tables, lengths, key_positions, mass,
     stride_block, stride_head, stride_slot, stride_table, longest, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    KEY_TILE: tl.constexpr, QUERY_TILE: tl.constexpr,
+    DOT: tl.constexpr, KEY_TILE: tl.constexpr, QUERY_TILE: tl.constexpr,
 ):  # fmt: skip
     # One program owns a tile of keys and walks the queries: no atomics, so the sum is the same every time.
     sequence = tl.program_id(0)
@@ -127,7 +71,7 @@ def _score(
     block = tl.load(tables + sequence * stride_table + slot // BLOCK, mask=live, other=0).to(tl.int64)
     at = block * stride_block + head * stride_head + (slot % BLOCK) * stride_slot
     key = tl.load(cache + at[:, None] + dim[None, :], mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
-    key = key.to(tl.float32)
+    key = as_product(key, DOT)
     place = (sequence * HEADS + head) * longest + slot
     position = tl.load(key_positions + place, mask=live, other=0)
     received = tl.zeros([KEY_TILE], tl.float32)
@@ -141,8 +85,8 @@ def _score(
         flat = query_index * HEADS * GROUP + head * GROUP + row % GROUP
         query = tl.load(
             queries + flat[:, None] * DIM + dim[None, :], mask=valid[:, None] & (dim < DIM)[None, :], other=0.0
-        ).to(tl.float32)
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        ).to(DOT)
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale
         normal = tl.load(lse + flat, mask=valid, other=0.0)
         weight = tl.load(weights + query_index, mask=valid, other=0.0)
         seen_from = tl.load(query_positions + query_index, mask=valid, other=-1)

@@ -21,7 +21,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
-from trtkit.kernels import triton_paged
+from trtkit.kernels import triton_decode, triton_paged
 
 BLOCK = 8
 SHAPES = [(64, 1), (64, 4), (128, 8), (48, 3)]
@@ -80,7 +80,7 @@ def dense_mass(queries, weights, batch, positions):
 
 
 @pytest.mark.parametrize(("dim", "group"), SHAPES)
-@pytest.mark.parametrize("implementation", [triton_paged.paged_decode_attention, paged.decode_attention_twin])
+@pytest.mark.parametrize("implementation", [triton_decode.paged_decode_attention, paged.decode_attention_twin])
 def test_decode_attention_and_its_lse_equal_dense_attention(implementation, dim, group):
     batch = make_batch(dim)
     queries = torch.randn(len(LENGTHS), 2 * group, dim, generator=torch.Generator().manual_seed(3))

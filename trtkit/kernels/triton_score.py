@@ -1,0 +1,116 @@
+# ruff: noqa: ANN001, ANN202, PLR0913, PLR0917
+# mypy: disable-error-code="no-untyped-def"
+"""Scores over all layers of one sequence; `trtkit.kernels.paged` says what they are, and a twin defines them.
+
+Imported only where Triton is. A program owns a tile of keys of one (layer, KV head) and walks the queries: keys are
+read once, nothing is added atomically, and the sum is the same every time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trtkit.kernels.triton_tiles import LOG2_E, as_product, autotuned, key_offsets, product_type, readable
+
+
+def score_layers(
+    queries_LRHD: Tensor,
+    lse_LRH: Tensor,
+    weights_R: Tensor,
+    storage: Tensor,
+    table_M: Tensor,
+    length: int,
+    positions_LHN: Tensor,
+    query_positions_R: Tensor,
+    *,
+    out: Tensor | None = None,
+    carry: float = 0.0,
+) -> Tensor:
+    """See `trtkit.kernels.paged.score_layers`; `storage` holds the chosen layers only."""
+    layers, blocks, _, kv_heads, block, dim = storage.shape
+    count, query_heads = queries_LRHD.shape[1:3]
+    if out is None:
+        out, carry = torch.empty(layers, kv_heads, length, dtype=torch.float32, device=storage.device), 0.0
+    if layers == 0 or length == 0:
+        return out
+    assert all(one.is_contiguous() for one in (storage, queries_LRHD[0], lse_LRH[0])), "only layers may lie apart"
+
+    def grid(chosen):
+        return triton.cdiv(length, chosen["TILE"]), kv_heads, layers
+
+    _score[grid](
+        queries_LRHD, lse_LRH, weights_R, query_positions_R, readable(storage), table_M, positions_LHN, out,
+        count, length, carry, LOG2_E / math.sqrt(dim),
+        queries_LRHD.stride(0) // (query_heads * dim), lse_LRH.stride(0) // query_heads, blocks,
+        positions_LHN.stride(0), positions_LHN.stride(1), out.stride(0), out.stride(1),
+        HEADS=kv_heads, GROUP=query_heads // kv_heads, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block,
+        SIDES=1, CARRY=carry != 0.0, DOT=product_type(queries_LRHD.dtype, storage.dtype),
+    )  # fmt: skip
+    return out
+
+
+_CONFIGS = [
+    triton.Config({"TILE": 128, "QUERIES": 64}, num_warps=4, num_stages=3),
+    triton.Config({"TILE": 128, "QUERIES": 64}, num_warps=8, num_stages=3),
+    triton.Config({"TILE": 64, "QUERIES": 64}, num_warps=4, num_stages=3),
+    triton.Config({"TILE": 64, "QUERIES": 32}, num_warps=4, num_stages=4),
+]
+_FREE = [
+    "count", "length", "carry", "places", "lse_places", "blocks", "stride_position", "stride_position_head", "stride_out",
+    "stride_out_head",
+]  # fmt: skip
+
+_ANYWHERE = ["lse", "weights", "asked", "table", "positions", "out"]
+
+
+# Tuning runs the kernel often; what it adds to must be as it was each time.
+@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK"], restore_value=["out"])
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_ANYWHERE)
+def _score(
+    queries, lse, weights, asked, cache, table, positions, out,
+    count, length, carry, scale,
+    places, lse_places, blocks, stride_position, stride_position_head, stride_out, stride_out_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    SIDES: tl.constexpr, CARRY: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * TILE
+    head = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    slot = first + tl.arange(0, TILE)
+    live = slot < length
+    dim = tl.arange(0, DIM_PAD)
+    at = layer * blocks * (2 * HEADS * BLOCK * DIM) + key_offsets(table, first, length, head, HEADS, BLOCK, DIM, TILE)
+    key = tl.load(cache + at[:, None] + dim[None, :], mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
+    key = as_product(key, DOT)
+    position = tl.load(positions + layer * stride_position + head * stride_position_head + slot, mask=live, other=0)
+    received = tl.zeros([TILE, QUERIES], tl.float32)
+    # Rows run over (query, head of the group) together, so that a group shares the tile of keys.
+    for first_row in range(0, count * GROUP, QUERIES):
+        row = first_row + tl.arange(0, QUERIES)
+        valid = row < count * GROUP
+        index = row // GROUP
+        column = index * (HEADS * GROUP) + head * GROUP + row % GROUP
+        query = tl.load(
+            queries + layer * places * (HEADS * GROUP * DIM) + (column * DIM)[:, None] + dim[None, :],
+            mask=valid[:, None] & (dim < DIM)[None, :], other=0.0,
+        ).to(DOT)  # fmt: skip
+        # A row that is not there has an infinite sum, so its share of every key is nothing.
+        normal = (
+            tl.load(lse + layer * lse_places * (HEADS * GROUP) + column, mask=valid, other=float("inf"))
+            * 1.4426950408889634
+        )
+        weight = tl.load(weights + index, mask=valid, other=0.0)
+        seen = tl.load(asked + index, mask=valid, other=0)
+        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
+        share = tl.exp2(logits * scale - normal[None, :]) * weight[None, :]
+        received += tl.where(position[:, None] <= seen[None, :], share, 0.0)
+    mass = tl.sum(received, 1)
+    place = out + layer * stride_out + head * stride_out_head + slot
+    if CARRY:
+        mass += carry * tl.load(place, mask=live, other=0.0)
+    tl.store(place, mass, mask=live)

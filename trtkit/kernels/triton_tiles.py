@@ -1,0 +1,120 @@
+# ruff: noqa: ANN001, ANN003, ANN201, ANN202, PLR0913, PLR0917, RET505, SIM300
+# mypy: disable-error-code="no-untyped-def"
+"""What the attention kernels share: the type products run in, tiles of a paged cache, and how tiles are chosen.
+
+Imported only where Triton is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trtkit.kernels.triton_widen import widen
+
+MIN_DOT = 16
+"""Rows a tensor-core product has at least; fewer query heads are padded."""
+LOG2_E = 1.4426950408889634
+_STAGED_BYTES = 128 * 1024
+"""Keys and values a program may stage; queries and exchanges need more, and an A100 has 163 KiB for one block."""
+_LOGITS_PER_WARP = {(True, False): 2048, (True, True): 512, (False, False): 512, (False, True): 256}
+"""Logits a warp may hold on (Hopper, in fp32) before registers spill, as compiled code shows: Hopper multiplies out
+of shared memory, others out of registers, and fp32 products are three of TF32, whose parts take registers too."""
+_FLOAT8 = torch.float8_e4m3fn
+
+
+@cache
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which was decided when Triton was imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+ASSEMBLY = tl.constexpr(not interpreting())
+
+
+def product_type(queries: torch.dtype, stored: torch.dtype) -> tl.dtype:
+    """What queries and keys are multiplied in: the queries' own 16-bit type where the cache fits it, else fp32.
+
+    The interpreter multiplies bf16 as the integers it keeps them in, so there it is fp32 too.
+    """
+    if queries is torch.float16 and stored in (queries, _FLOAT8):
+        return tl.float16
+    if queries is torch.bfloat16 and stored in (queries, _FLOAT8) and not interpreting():
+        return tl.bfloat16
+    return tl.float32
+
+
+def readable(stored: Tensor) -> Tensor:
+    """The cache as kernels read it: FP8 as bytes, which `as_product` turns into numbers on every GPU."""
+    return stored.view(torch.uint8) if stored.dtype is _FLOAT8 else stored
+
+
+def autotuned(configs: Sequence[triton.Config], key: Sequence[str], restore_value: Sequence[str] = ()):
+    """`triton.autotune` over the configurations whose tiles fit; the first alone under the interpreter.
+
+    The kernel names its tile of keys TILE, its padded head dim DIM_PAD, and what it stages of a slot SIDES: 1 for
+    keys, 2 for keys and values.
+    """
+    chosen = configs[:1] if interpreting() else configs
+    return triton.autotune(
+        list(chosen),
+        key=list(key),
+        prune_configs_by={"early_config_prune": _fitting},
+        restore_value=list(restore_value) or None,
+    )
+
+
+def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    known = {**arguments, **constants}
+    slot_bytes = known["SIDES"] * known["DIM_PAD"] * known["cache"].element_size()
+    hopper = int(triton.runtime.driver.active.get_current_target().arch) >= 90
+    most = _LOGITS_PER_WARP[hopper, known["DOT"] == tl.float32]
+
+    def too_large(config: triton.Config) -> tuple[bool, int]:
+        rows = config.kwargs.get("ROWS") or config.kwargs.get("QUERIES") or MIN_DOT
+        per_warp = rows * config.kwargs["TILE"] // config.num_warps
+        # Half of the stages hold block tables, see `key_offsets`.
+        staged_bytes = max(1, (config.num_stages - 1) // 2) * config.kwargs["TILE"] * slot_bytes
+        return per_warp > most or staged_bytes > _STAGED_BYTES, per_warp
+
+    return [one for one in configs if not too_large(one)[0]] or [min(configs, key=too_large)]
+
+
+@triton.jit
+def as_product(tile, DOT: tl.constexpr):
+    """A loaded tile of keys or values in the type products run in."""
+    if tile.dtype == tl.uint8:
+        if DOT == tl.float32:
+            return widen(tile, "fp8", tl.float16, ASSEMBLY).to(tl.float32)
+        else:
+            return widen(tile, "fp8", DOT, ASSEMBLY)
+    else:
+        return tile.to(DOT)
+
+
+@triton.jit
+def key_offsets(
+    table, first, end, head,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Elements from the start of a layer to the keys of the slots `first` + [0, TILE) below `end`, int64 [TILE].
+
+    `first` is a multiple of TILE. Triton stages the table as it stages the keys that hang on it, so of `num_stages`
+    only every second one holds keys: 5 stages keep two tiles of keys in flight, 7 keep three.
+    """
+    lane = tl.arange(0, TILE)
+    if BLOCK % TILE == 0:
+        # The tile lies inside one block: one table entry for all of it.
+        block = tl.load(table + first // BLOCK).to(tl.int64)
+        return (block * (2 * HEADS) + head) * (BLOCK * DIM) + (first % BLOCK) * DIM + lane * DIM
+    else:
+        slot = first + lane
+        block = tl.load(table + slot // BLOCK, mask=slot < end, other=0).to(tl.int64)
+        return (block * (2 * HEADS) + head) * (BLOCK * DIM) + (slot % BLOCK) * DIM
