@@ -51,7 +51,7 @@ export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/indu
 # How the time left is shared among the stages still to come.
 weight_of() {
   case "$1" in
-    probe) echo 9 ;; selfcheck) echo 7 ;; kernels) echo 10 ;; core) echo 42 ;; h2o) echo 18 ;; more) echo 14 ;;
+    probe) echo 9 ;; selfcheck) echo 11 ;; kernels) echo 10 ;; core) echo 42 ;; h2o) echo 18 ;; more) echo 14 ;;
     peers) echo 12 ;; *) echo 0 ;;
   esac
 }

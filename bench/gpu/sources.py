@@ -44,7 +44,12 @@ def write_metadata(directory: Path) -> Path:
 
 
 def use(directory: Path) -> None:
-    """Make this process and its children import from the tree."""
+    """Make this process and its children import from the tree.
+
+    This folder leaves the path: a `kernels.py` there must not pose as the package of that name.
+    """
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [part for part in sys.path if part != here]
     path = python_path(directory)
     os.environ["PYTHONPATH"] = path
     for part in reversed(path.split(os.pathsep)):
