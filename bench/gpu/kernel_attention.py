@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.gpu.kernel_bench import Bench, Case, Other, Pairs, Work, num_bytes
 from trtkit.kernels import paged, ranking
+from trtkit.kernels.paged_batch import MAX_SPLITS
 
 ATTENTION_BOUND = 0.01
 """Probabilities and outputs are rounded to bfloat16."""
@@ -24,23 +25,23 @@ def decode(bench: Bench, kind: str, rows: int, context: int) -> None:
     session, scale = bench.session, bench.scale
     per_copy = rows * context * 2 * scale.kv_heads * scale.dim * _CACHE_TYPES[kind].itemsize
     copies = session.copies(per_copy, most=_MOST_COPIES)
-    batches = _batches(bench, kind, copies, [context] * rows)
+    pools = batches(bench, kind, copies, [context] * rows)
     queries = session.randn(rows, scale.heads, scale.dim, dtype=torch.bfloat16)
     out, lse = torch.empty_like(queries), torch.empty(rows, scale.heads, device=session.device)
-    workspace = paged.DecodeWorkspace.empty(rows, scale.heads, scale.dim, paged_splits(), session.device)
+    scratch = workspace(bench, rows)
 
     def call(index: int) -> None:
-        batch = batches[index % copies]
-        paged.paged_decode_attention(queries, batch, out=out, lse=lse, workspace=workspace)
+        batch = pools[index % copies]
+        paged.paged_decode_attention(queries, batch, out=out, lse=lse, workspace=scratch)
 
     def check() -> Pairs:
         call(0)
         expected, normal = zip(
-            *(_dense(queries[row : row + 1], batches[0], row, context - 1) for row in range(rows)), strict=True
+            *(dense_attention(queries[row : row + 1], pools[0], row, context - 1) for row in range(rows)), strict=True
         )
         return [(out, torch.cat(expected)), (lse, torch.cat(normal))]
 
-    contiguous = _contiguous(batches[: min(copies, 8)], [context] * rows)
+    contiguous = _contiguous(pools[: min(copies, 8)], [context] * rows)
 
     def torchs(index: int) -> Tensor:
         keys, values = contiguous[index % len(contiguous)]
@@ -64,7 +65,7 @@ def prefill(bench: Bench, kind: str, count: int, cached: int) -> None:
     """A prompt's chunk of `count` tokens after `cached` ones."""
     session, scale = bench.session, bench.scale
     length = cached + count
-    batch = _batches(bench, kind, 1, [length])[0]
+    batch = batches(bench, kind, 1, [length])[0]
     queries = session.randn(count, scale.heads, scale.dim, dtype=torch.bfloat16)
     starts = torch.tensor([0, count], dtype=torch.int32, device=session.device)
     before = torch.tensor([cached], dtype=torch.int32, device=session.device)
@@ -75,7 +76,7 @@ def prefill(bench: Bench, kind: str, count: int, cached: int) -> None:
 
     def check() -> Pairs:
         call(0)
-        expected, normal = _dense(queries, batch, 0, cached)
+        expected, normal = dense_attention(queries, batch, 0, cached)
         return [(out, expected), (lse, normal)]
 
     keys, values = _contiguous([batch], [length])[0]
@@ -201,14 +202,13 @@ def compact(bench: Bench) -> None:
     )  # fmt: skip
 
 
-def paged_splits() -> int:
-    """Splits a workspace must have room for."""
-    from trtkit.kernels.paged_batch import MAX_SPLITS
+def workspace(bench: Bench, rows: int) -> paged.DecodeWorkspace:
+    """Scratch of decode attention for so many sequences, kept between calls as the engine keeps it."""
+    scale = bench.scale
+    return paged.DecodeWorkspace.empty(rows, scale.heads, scale.dim, MAX_SPLITS, bench.session.device)
 
-    return MAX_SPLITS
 
-
-def _batches(bench: Bench, kind: str, copies: int, lengths: list[int]) -> list[paged.PagedBatch]:
+def batches(bench: Bench, kind: str, copies: int, lengths: list[int]) -> list[paged.PagedBatch]:
     """Sequences of `lengths`, `copies` times, in one shuffled pool."""
     session, scale = bench.session, bench.scale
     columns = math.ceil(max(lengths) / scale.block)
@@ -240,7 +240,7 @@ def _contiguous(batches: list[paged.PagedBatch], lengths: list[int]) -> list[tup
     return found
 
 
-def _dense(queries: Tensor, batch: paged.PagedBatch, row: int, cached: int) -> tuple[Tensor, Tensor]:
+def dense_attention(queries: Tensor, batch: paged.PagedBatch, row: int, cached: int) -> tuple[Tensor, Tensor]:
     """Attention in float64, a head at a time; query i sees `cached + i + 1` slots. Output [R, Hq, D] and lse [R, Hq]."""
     count, heads, dim = queries.shape
     keys, values = _gathered(batch, row, cached + count).to(torch.float64)

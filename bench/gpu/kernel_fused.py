@@ -97,19 +97,19 @@ def rotation(bench: Bench, tokens: int, *, fp8: bool = False) -> None:
     def check() -> Pairs:
         call(0)
         wide, at = projections[0].double(), positions.to(torch.int64)
-        turned = _turned(wide[:, :-kv_heads], cos[at, None].double(), sin[at, None].double())
+        rotated = turned(wide[:, :-kv_heads], cos[at, None].double(), sin[at, None].double())
         where = (order[slots.to(torch.int64) // size], slots.to(torch.int64) % size)
         stored = cache.float().transpose(1, 3)[where]  # [T, H, 2, D]
-        expected = torch.stack((turned[:, heads:], wide[:, -kv_heads:]), dim=2)
-        return [(out, turned[:, :heads]), (stored, expected)]
+        expected = torch.stack((rotated[:, heads:], wide[:, -kv_heads:]), dim=2)
+        return [(out, rotated[:, :heads]), (stored, expected)]
 
     def torchs(index: int) -> Tensor:
         qkv, at = projections[index % copies], positions.to(torch.int64)
-        turned = _turned(qkv[:, :-kv_heads], cos[at, None], sin[at, None])
+        rotated = turned(qkv[:, :-kv_heads], cos[at, None], sin[at, None])
         block, slot = tables[0, slots // size].to(torch.int64), (slots % size).to(torch.int64)
-        both = torch.stack((turned[:, heads:], qkv[:, -kv_heads:]), dim=1)
+        both = torch.stack((rotated[:, heads:], qkv[:, -kv_heads:]), dim=1)
         cache.view(both.dtype)[block, :, :, slot] = both
-        return turned[:, :heads]
+        return rotated[:, :heads]
 
     moved = num_bytes(projections[0], out) + tokens * (2 * kv_heads * dim * cache.element_size() + 2 * dim + 12)
     bench.measure(
@@ -196,7 +196,8 @@ def _drawn(logits_V: Tensor, u: float) -> int:
     return int(ranked.indices[min(int((kept <= u * kept[-1]).sum()), len(kept) - 1)])
 
 
-def _turned(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation, written plainly."""
     first, second = x_THD.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

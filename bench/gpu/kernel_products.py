@@ -23,7 +23,7 @@ def product(bench: Bench, kind: str, name: str, tokens: int) -> None:
     session, (outputs, inputs) = bench.session, bench.scale.matrices[name]
     item = 2 if kind == "bf16" else 1
     copies = session.copies(outputs * inputs * item)
-    weights = [_weight(bench, kind, outputs, inputs) for _ in range(copies)]
+    weights = [weight(bench, kind, outputs, inputs) for _ in range(copies)]
     x_TI = session.randn(tokens, inputs, dtype=torch.bfloat16)
     quantises = kind == "fp8" and tokens > matmul.DECODE_ROWS
     run = matmul.fp8_linear if kind == "fp8" else matmul.linear
@@ -88,7 +88,8 @@ def reference(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None) -> Tensor
     return torch.cat(parts, dim=1)
 
 
-def _weight(bench: Bench, kind: str, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
+def weight(bench: Bench, kind: str, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
+    """A fresh matrix of `kind` and its scales."""
     session = bench.session
     if kind == "bf16":
         return session.randn(outputs, inputs, dtype=torch.bfloat16, scale=1 / math.sqrt(inputs)), None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.gpu import kernel_attention, kernel_fused, kernel_products
+from bench.gpu import kernel_attention, kernel_fused, kernel_layer, kernel_products
 from bench.gpu.common import Session, arguments, table
 from bench.gpu.kernel_bench import (
     LLAMA_70B,
@@ -66,6 +66,7 @@ def items(bench: Bench) -> list[Item]:
     planned: list[Item] = []
     for tokens in (few[0], few[-2], many[-1]):
         planned += _products(bench, "int8", tokens)
+    planned += [item for rows in (scale.batches[0], scale.batches[-1]) for item in _layer(bench, "int8", rows)]
     planned += _decode(bench, "bf16", scale.batches[-1], scale.contexts[-1])
     planned += _decode(bench, "bf16", scale.batches[0], scale.contexts[0])
     planned += _prefill(bench, "bf16")
@@ -80,6 +81,7 @@ def items(bench: Bench) -> list[Item]:
         for tokens in scale.tokens:
             planned += _products(bench, kind, tokens)
     planned += _prefill(bench, "fp8")
+    planned += [item for kind in ("fp8", "bf16") for rows in scale.batches for item in _layer(bench, kind, rows)]
     return list({item[0]: item for item in planned}.values())
 
 
@@ -102,6 +104,12 @@ def _products(bench: Bench, kind: str, tokens: int) -> list[Item]:
 def _decode(bench: Bench, kind: str, rows: int, context: int) -> list[Item]:
     run = partial(kernel_attention.decode, bench, kind, rows, context)
     return [(f"decode attention {kind} B={rows} N={context}", 3.0, run)]
+
+
+def _layer(bench: Bench, kind: str, rows: int) -> list[Item]:
+    context = bench.scale.contexts[0]
+    run = partial(kernel_layer.decode_layer, bench, kind, rows, context)
+    return [(f"decode layer {kind} B={rows} N={context}", 4.0, run)]
 
 
 def _prefill(bench: Bench, kind: str) -> list[Item]:
@@ -178,12 +186,16 @@ def _others(rows: list[KernelRow]) -> list[KernelRow]:
     """Of each kernel the largest shape that was measured, and the smallest."""
     found: dict[str, list[KernelRow]] = {}
     for row in rows:
-        if row.timing and (row.family != "matmul" or "lm_head" in row.name or "quantise" in row.name):
+        if row.timing and (row.family != "matmul" or any(word in row.name for word in ("head", "quant", "layer"))):
             found.setdefault(f"{row.name} {row.dtype}", []).append(row)
     kept = []
     for same in found.values():
         ordered = sorted(same, key=lambda row: row.bytes_moved)
-        kept += [ordered[0], ordered[-1]] if len(ordered) > 1 and ordered[0].family == "paged" else [ordered[-1]]
+        kept += (
+            [ordered[0], ordered[-1]]
+            if len(ordered) > 1 and ("attention" in ordered[0].name or "layer" in ordered[0].name)
+            else [ordered[-1]]
+        )
     return kept
 
 
