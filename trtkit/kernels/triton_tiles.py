@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN003, ANN201, ANN202, PLR0913, PLR0917, RET505, SIM300
+# ruff: noqa: ANN001, ANN201, ANN401, PLR0913, PLR0917, RET505, SIM300
 # mypy: disable-error-code="no-untyped-def"
 """What the attention kernels share: the type products run in, tiles of a paged cache, and how tiles are chosen.
 
