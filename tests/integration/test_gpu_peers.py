@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import llama70b
-from bench.gpu.peers import rounds, split_wheel, vllm_dummy
+from bench.gpu.peers import rounds, split_wheel, transformers_static, vllm_dummy
 from bench.gpu.peers import run as peers
 from trtkit.spec.codec import read_record
+from trtkit.spec.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 
@@ -233,3 +234,30 @@ def test_bad_input_to_the_splitter_is_one_line(tmp_path: Path) -> None:
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_transformers_runs_beside_our_engine_and_its_loop_makes_the_tokens_that_generate_makes(tmp_path: Path) -> None:
+    import torch
+
+    model = llama70b.rehearsal_scale().model
+    asked = transformers_static.rehearsal_setup(model, tmp_path, lambda: 60.0)
+    theirs = transformers_static.Theirs(asked)
+    load = Workload(isl=16, osl=6, num_requests=2, concurrency=2)
+    made: list[torch.Tensor] = []
+    step = theirs._next
+    theirs._next = lambda *args: made.append(step(*args)) or made[-1]
+    theirs.looped(load, 1)
+    ids = theirs._ids(load, 1)
+    with torch.inference_mode():
+        whole = theirs._model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0,
+            cache_implementation="static",
+        )  # fmt: skip
+    assert torch.equal(torch.cat(made, 1), whole[:, load.isl :])
+
+    cells = transformers_static.compare(asked)
+    assert [(cell.who.split()[0], cell.concurrency) for cell in cells[:3]] == [
+        ("transformers", 1), ("transformers", 1), ("trtkit", 1),
+    ]  # fmt: skip
+    assert [(cell.not_run, len(cell.rounds)) for cell in cells] == [(None, 2)] * 6

@@ -1,14 +1,16 @@
-"""transformers' `generate` with a static cache (compiled on CUDA) beside our engine: one GPU, one shape, one precision.
+"""transformers with a static cache and torch.compile beside our engine: one GPU, one shape, one precision.
 
-Llama 3 8B of random weights in BF16, both in memory at once, rounds in turn: theirs, ours, theirs, ours. Theirs is what
-its documentation tells users to do; its first token is timed as a call for one token, because `generate` shows no times.
+Llama 3 8B of random weights in BF16, both in memory at once, rounds in turn: `generate` (which compiles by itself on
+CUDA; it shows no times, so its first token is timed as a call for one), a loop by hand around one compiled decode step
+(the best that its documentation shows), ours.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ from trtkit.spec.units import GIB, MIB
 from trtkit.spec.workload import Workload
 
 ROUNDS = 4
+Side = Callable[[Workload, int], Round] | str
+"""What runs a round of a load, or why it cannot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,72 +80,82 @@ def rehearsal_setup(model: ModelSpec, work_dir: Path, left_s: Callable[[], float
 
 
 def compare(setup: Setup) -> list[PeerCell]:
-    """Cells of both, theirs first; a side that fails is told in one line and the other goes on."""
-    cells = _empty(setup)
+    """Cells of every side, ours last; a side that fails is told in one line and the others go on."""
     started = time.monotonic()
-    theirs: Theirs | str = _opened(setup)
+    theirs = _opened(setup)
     opened_s = time.monotonic() - started
+    ours = _ours(setup)
+    sides: dict[str, Side] = {
+        "transformers generate, static": theirs if isinstance(theirs, str) else theirs.generated,
+        "transformers loop, static": theirs if isinstance(theirs, str) else theirs.looped,
+        "trtkit": ours if isinstance(ours, str) else partial(our_round, ours),
+    }
+    cells = []
     try:
-        timeouts = Timeouts(start_s=max(setup.left_s(), 1.0), stall_s=max(setup.left_s(), 1.0))
-        overrides = {"path": "device"} if setup.device == "cpu" else {}
-        ours: RemoteEngine | str = RemoteEngine(_bundle(setup), overrides, opener=setup.opener, timeouts=timeouts)
-    except TrtkitError as error:
-        ours = str(error)
-    try:
-        for number, (concurrency, isl, osl) in enumerate(setup.loads):
+        for concurrency, isl, osl in setup.loads:
             load = Workload(isl=isl, osl=osl, num_requests=concurrency, concurrency=concurrency)
-            done = _rounds(setup, load, theirs, ours)
-            for side in (0, 1):
-                at = 2 * number + side
-                cells[at] = replace(cells[at], **done[side])
-            cells[2 * number] = replace(cells[2 * number], seconds_to_open=opened_s)
+            done = _rounds(setup, load, sides)
+            for name in sides:
+                cells.append(
+                    PeerCell(
+                        who=name,
+                        version="" if name == "trtkit" else metadata.version("transformers"),
+                        model=setup.model.name,
+                        precision=setup.precision,
+                        concurrency=concurrency,
+                        isl=isl,
+                        osl=osl,
+                        rounds=done[name][0],
+                        not_run=done[name][1],
+                        seconds_to_open=None if name == "trtkit" else opened_s,
+                    )
+                )
     finally:
-        if isinstance(ours, RemoteEngine):
+        if not isinstance(ours, str):
             ours.close()
     return cells
 
 
-def _empty(setup: Setup) -> list[PeerCell]:
-    cells = []
-    for concurrency, isl, osl in setup.loads:
-        common = {"model": setup.model.name, "precision": setup.precision, "concurrency": concurrency}
-        for who, version in (("transformers static", metadata.version("transformers")), ("trtkit", "")):
-            cells.append(PeerCell(who=who, version=version, isl=isl, osl=osl, **common))
-    return cells
+def _ours(setup: Setup) -> RemoteEngine | str:
+    left_s = max(setup.left_s(), 1.0)
+    overrides = {"path": "device"} if setup.device == "cpu" else {}
+    try:
+        timeouts = Timeouts(start_s=left_s, stall_s=left_s)
+        return RemoteEngine(_bundle(setup), overrides, opener=setup.opener, timeouts=timeouts)
+    except TrtkitError as error:
+        return str(error)
 
 
-def _rounds(
-    setup: Setup, load: Workload, theirs: Theirs | str, ours: RemoteEngine | str
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _rounds(setup: Setup, load: Workload, sides: Mapping[str, Side]) -> dict[str, tuple[tuple[Round, ...], str | None]]:
     """Rounds in turn, after one of each that does not count (it compiles and captures)."""
-    sides: list[list[Round]] = [[], []]
-    failed: list[str | None] = [side if isinstance(side, str) else None for side in (theirs, ours)]
+    done: dict[str, list[Round]] = {name: [] for name in sides}
+    failed = {name: side for name, side in sides.items() if isinstance(side, str)}
     longest_s = 0.0
     for number in range(setup.rounds + 1):
         if number > 1 and setup.left_s() < 1.5 * longest_s:
             break
         started = time.monotonic()
-        for side, engine in enumerate((theirs, ours)):
-            if failed[side] is not None:
+        for name, side in sides.items():
+            if isinstance(side, str) or name in failed or setup.left_s() < 0:
                 continue
             try:
-                done = engine.round(load, number) if isinstance(engine, Theirs) else our_round(engine, load, number)
-            except (TrtkitError, RuntimeError, ValueError, TypeError) as error:
-                failed[side] = f"{type(error).__name__}: {error}"[:300]
+                each = side(load, number)
+            except (TrtkitError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 continue
             if number > 0:
-                sides[side].append(done)
+                done[name].append(each)
         longest_s = max(longest_s if number > 1 else 0.0, time.monotonic() - started)
-    missing = [reason or (None if rounds else "no time was left") for reason, rounds in zip(failed, sides, strict=True)]
-    first, second = ({"rounds": tuple(r), "not_run": m} for r, m in zip(sides, missing, strict=True))
-    return first, second
+    return {
+        name: (tuple(each), failed.get(name) or (None if each else "no time was left")) for name, each in done.items()
+    }
 
 
 def _opened(setup: Setup) -> Theirs | str:
     try:
         return Theirs(setup)
     except (ImportError, RuntimeError, ValueError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"[:300]
+        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _bundle(setup: Setup) -> Path:
@@ -214,22 +228,68 @@ class Theirs:
         self._model.generation_config.eos_token_id = None
         self._device = setup.device
         self._vocab_size = model.vocab_size
+        self._cache: Any = None
+        self._cache_of: tuple[int, int] | None = None
+        self._step: Callable[[Any, Any], Any] = self._compiled(None)
 
-    def round(self, load: Workload, number: int) -> Round:
-        """One batch for its first token alone, then whole."""
+    def generated(self, load: Workload, number: int) -> Round:
+        """One batch by `generate`."""
+        ids = self._ids(load, number)
+        # Whole first: the static cache keeps that size, so that both calls run with the same shapes.
+        whole_s = self._timed_generate(ids, load.osl)
+        first_s = self._timed_generate(ids, 1)
+        return _round(load, first_s, whole_s)
+
+    def looped(self, load: Workload, number: int) -> Round:
+        """One batch by hand: the prompt as it is, then one compiled step a token; nothing waits but at the ends."""
+        import torch
+        from transformers import StaticCache
+
+        ids = self._ids(load, number)
+        longest = load.isl + load.osl
+        if self._cache_of != (load.num_requests, longest):
+            self._cache = StaticCache(config=self._model.config, max_cache_len=longest)
+            self._cache_of = (load.num_requests, longest)
+            self._step = self._compiled(self._cache)
+        with torch.no_grad():
+            self._cache.reset()
+            self._wait()
+            started = time.perf_counter()
+            positions = torch.arange(load.isl, device=self._device)[None]
+            token = self._next(ids, positions, self._cache)
+            self._wait()
+            first_s = time.perf_counter() - started
+            for position in range(load.isl, longest - 1):
+                torch.compiler.cudagraph_mark_step_begin()
+                token = self._step(token, torch.full((1, 1), position, device=self._device)).clone()
+            self._wait()
+        return _round(load, first_s, time.perf_counter() - started)
+
+    def _compiled(self, cache: Any) -> Callable[[Any, Any], Any]:
         import torch
 
-        ids = torch.from_numpy(prompts_of(load, self._vocab_size, number)).to(self._device)
-        # Whole first: the static cache is kept, so that both calls run with the same shapes.
-        whole_s = self._timed(ids, load.osl)
-        first_s = self._timed(ids, 1)
-        return Round(
-            ttft_ms=first_s * 1e3,
-            tpot_ms=(whole_s - first_s) / (load.osl - 1) * 1e3,
-            tps=load.num_requests * load.osl / whole_s,
-        )
+        def step(token: Any, positions: Any) -> Any:
+            return self._next(token, positions, cache)
 
-    def _timed(self, ids: Any, tokens: int) -> float:
+        return step if self._device == "cpu" else torch.compile(step, mode="reduce-overhead", fullgraph=True)
+
+    def _next(self, ids: Any, positions: Any, cache: Any) -> Any:
+        found = self._model(
+            ids,
+            past_key_values=cache,
+            position_ids=positions.expand(ids.shape[0], -1),
+            cache_position=positions[0],
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return found.logits[:, -1].argmax(-1, keepdim=True)
+
+    def _ids(self, load: Workload, number: int) -> Any:
+        import torch
+
+        return torch.from_numpy(prompts_of(load, self._vocab_size, number)).to(self._device)
+
+    def _timed_generate(self, ids: Any, tokens: int) -> float:
         import torch
 
         self._wait()
@@ -254,3 +314,11 @@ class Theirs:
 
         if self._device != "cpu":
             torch.cuda.synchronize()
+
+
+def _round(load: Workload, first_s: float, whole_s: float) -> Round:
+    return Round(
+        ttft_ms=first_s * 1e3,
+        tpot_ms=(whole_s - first_s) / (load.osl - 1) * 1e3,
+        tps=load.num_requests * load.osl / whole_s,
+    )
