@@ -40,6 +40,8 @@ from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.trtllm.capabilities import check_plan, kv_fidelity
+from trtkit.trtllm.gptq import read_gptq_config
+from trtkit.trtllm.gptq import taken_over as gptq_note
 from trtkit.trtllm.policies import check_adapter
 from trtkit.trtllm.requirements import require_builder_device, require_target
 from trtkit.version import __version__
@@ -143,6 +145,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
             calib_text=calib_text,
             progress=progress,
         )
+        job.versions.update(_weights_note(plan, source_dir))
         builder(job)
         with job.phase("manifest"):
             files = {str(file.relative_to(partial)): file_entry(file) for file in bundle_files(partial)}
@@ -171,6 +174,16 @@ def build_embedded(job: BuildJob) -> None:
     copy_tokenizer(job.source_dir, job.directory / "tokenizer")
     with job.phase("verify"):
         job.verification.update(verify(job.plan.model, job.plan.quant, job.source_dir, checkpoint))
+
+
+def _weights_note(plan: BuildPlan, source_dir: Path) -> dict[str, str]:
+    """How a GPTQ source's weights went into the engine; nothing to say of others."""
+    gptq = read_gptq_config(source_dir)
+    if gptq is None:
+        return {}
+    if plan.quant.precision == "int8-gptq" or (plan.quant.algo == "W8A16" and plan.target != "tensorrt"):
+        return {"weights": gptq_note(gptq, rows=plan.target != "tensorrt")}
+    return {"weights": f"INT8 GPTQ, multiplied out and then stored as {plan.quant.precision}"}
 
 
 def _build_dummy(job: BuildJob, path: Path) -> EngineBundle:

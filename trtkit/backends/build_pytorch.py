@@ -8,15 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtkit.backends.build import BuildJob, copy_tokenizer
 from trtkit.backends.calibrated import ALGOS, Stored, check_steps
-from trtkit.backends.reference import linear_rounding, probe_tokens, reference, rounding_to
-from trtkit.backends.verify import judged, layers_to_run
+from trtkit.backends.reference import linear_rounding, plain_source, probe_tokens, reference, rounding_to, write_model
+from trtkit.backends.verify import judged, layers_to_run, taken_over
 from trtkit.spec.atomic import output_errors, write_text
 from trtkit.spec.bundle import file_entry
 from trtkit.spec.directory import check_space
@@ -24,10 +23,10 @@ from trtkit.spec.errors import UsageError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.quant import QuantSpec
 from trtkit.spec.units import GIB
-from trtkit.trtllm.layout import source_shapes
+from trtkit.trtllm.layout import is_linear, source_shapes
 from trtkit.trtllm.lower import llm_arguments
 from trtkit.trtllm.modelopt import CALIBRATED, SCALES, dequantised, read_windows, write_quantised
-from trtkit.trtllm.unified import is_linear, write_unified
+from trtkit.trtllm.unified import write_unified
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,22 +85,22 @@ def verify_unified(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpo
     layers = layers_to_run(model)
     prompt, tokens = probe_tokens(model.vocab_size)
     plain = reference(source_dir, layers, prompt, tokens)
-    with tempfile.TemporaryDirectory(prefix="trtkit-verify-") as name:
+    with plain_source(source_dir, layers) as source, tempfile.TemporaryDirectory(prefix="trtkit-verify-") as name:
         twin = Path(name)
         stored = _dequantised(model, checkpoint_dir, layers)
-        _write_model(twin, stored, checkpoint_dir, layers)
+        write_model(twin, stored, checkpoint_dir, layers)
         ours = reference(twin, layers, prompt, tokens)
         extra: dict[str, float] = {}
         if quant.algo in ALGOS:
             # Its scales cannot be foreseen, so the rows are held against the source, and the rest with its own config.
             steps = _dequantised(model, checkpoint_dir, layers, ones=True)
             matrices = {n: Stored(values=stored[n], steps=steps[n]) for n in stored if is_linear(n)}
-            source = _dequantised(model, source_dir, layers)
-            extra["worst_half_steps"] = check_steps(matrices, stored, source, quant, str(checkpoint_dir))
-            _write_model(twin, stored, source_dir, layers)
+            plainly = _dequantised(model, source, layers)
+            extra["worst_half_steps"] = check_steps(matrices, stored, plainly, quant, str(checkpoint_dir))
+            write_model(twin, stored, source, layers)
             rounded = reference(twin, layers, prompt, tokens)
         else:
-            linear, other = linear_rounding(quant), rounding_to(quant.compute)
+            linear, other = linear_rounding(taken_over(quant, source_dir)), rounding_to(quant.compute)
             rounded = reference(source_dir, layers, prompt, tokens, linear=linear, other=other)
     return extra | judged(ours, rounded, plain, layers, quant, checkpoint_dir)
 
@@ -126,17 +125,6 @@ def _dequantised(model: ModelSpec, directory: Path, layers: int, *, ones: bool =
                         weight = torch.full_like(weight, 0x11 if weight.dtype is torch.uint8 else 1)
                     tensors[name] = dequantised(weight, beside).to(torch.float32).contiguous()
     return tensors
-
-
-def _write_model(directory: Path, tensors: Mapping[str, Tensor], config_dir: Path, layers: int) -> None:
-    """A float32 model directory of these tensors, with the config of another."""
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    config |= {"num_hidden_layers": layers, "torch_dtype": "float32", "dtype": "float32"}
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def _sibling(name: str, suffix: str) -> str:

@@ -9,16 +9,17 @@ from pathlib import Path
 from trtkit.backends.build import engine_path
 from trtkit.backends.fit import Sizes, check_fit
 from trtkit.spec.bundle import MANIFEST_NAME, EngineBundle
-from trtkit.spec.checkpoint import checkpoint_tensors, rank_file
+from trtkit.spec.checkpoint import rank_file
 from trtkit.spec.directory import partial_directory
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
+from trtkit.spec.quant import GPTQ_INT8
 from trtkit.spec.units import format_gib
 from trtkit.trtllm.capabilities import broken, check_plan, kv_fidelity
-from trtkit.trtllm.convert import stored_quant
 from trtkit.trtllm.engine_build import BUILDING_DIR, TIMING_NAME
 from trtkit.trtllm.lower import build_argv
 from trtkit.trtllm.policies import check_adapter
+from trtkit.trtllm.stored import STREAMED, stored_quant, stored_tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +58,13 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
         return _dummy_outline(plan, out_dir, found, fidelity)
     if plan.target == "pytorch":
         return pytorch_outline(plan, out_dir, found, fidelity, notes)
-    tensors = checkpoint_tensors(plan.model, stored_quant(plan.quant, plan.target), plan.parallel)
-    checkpoint_bytes = sum(tensor.num_bytes for tensor in tensors) * plan.parallel.world_size
+    streamed = plan.quant.algo in STREAMED
+    stored = stored_quant(plan.quant, plan.target) if streamed else plan.quant
+    checkpoint_bytes = sum(
+        tensor.num_bytes
+        for rank in range(plan.parallel.world_size)
+        for tensor in stored_tensors(plan.model, stored, plan.parallel, pp_rank=rank // plan.parallel.tp)
+    )
     output = engine_path(plan, out_dir)
     files = ", ".join(rank_file(rank) for rank in range(plan.parallel.world_size))
     return Outline(
@@ -68,9 +74,11 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
         sizes=found,
         checkpoint_bytes=checkpoint_bytes,
         steps=(
-            f"convert {plan.model_source} to checkpoint/ ({files}, {format_gib(checkpoint_bytes)})",
+            f"{'convert' if streamed else 'quantise (ModelOpt)'} {plan.model_source} to checkpoint/ ({files}, "
+            f"{format_gib(checkpoint_bytes)})",
             "copy the tokenizer to tokenizer/",
             "verify the checkpoint against transformers on a short prompt",
+            *(("pack the GPTQ weights with TensorRT-LLM's own function",) if stored.algo == GPTQ_INT8 else ()),
             *(("build engine/ with trtllm-build",) if plan.target == "tensorrt" else ()),
             f"write {MANIFEST_NAME} and rename to {output.name}",
         ),

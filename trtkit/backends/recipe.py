@@ -21,8 +21,9 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import LOAD_FORMATS, TARGETS, BuildPlan, Limits, Parallelism
-from trtkit.spec.quant import QuantSpec, quant_for
+from trtkit.spec.quant import GPTQ_INT8, QuantSpec, quant_for
 from trtkit.spec.units import GIB, KIB, MIB
+from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.installed import installation
 from trtkit.trtllm.requirements import choose_target
 
@@ -48,6 +49,7 @@ class BuildOptions:
     dtype: str | None = None
     gpu: str | None = None
     tp: int | None = None
+    pp: int | None = None
     kv: str | None = None
     target: str | None = None
     max_batch_size: int | None = None
@@ -136,8 +138,8 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     if not dry_run:
         builder_of(target)
     source = resolve_model(model, name=options.model_name, look_up=not dry_run and load_format != "dummy")
-    quant = _quant(options)
-    parallel = Parallelism(tp=_or(options.tp, 1))
+    quant = _with_groups(_quant(options), source.directory)
+    parallel = Parallelism(tp=_or(options.tp, 1), pp=_or(options.pp, 1))
     plan = BuildPlan(
         name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv)),
         model=source.model,
@@ -173,10 +175,11 @@ def resolve_target(options: BuildOptions) -> tuple[str, str]:
 
 
 def engine_name(model: str, quant: QuantSpec, gpu: str, parallel: Parallelism, kv: KVPolicySpec) -> str:
-    """`<model>-<precision>-<gpu>[-tpN][-kv]`, safe as a directory name."""
+    """`<model>-<precision>-<gpu>[-tpN][-ppN][-kvTYPE][-kv]`, safe as a directory name."""
     parts = [model, quant.precision, gpu]
-    if parallel.tp > 1:
-        parts.append(f"tp{parallel.tp}")
+    parts += [f"{name}{ranks}" for name, ranks in (("tp", parallel.tp), ("pp", parallel.pp)) if ranks > 1]
+    if quant.kv.bits < 16:
+        parts.append(f"kv{quant.kv.value}")
     if not kv.is_full:
         parts.append(kv.label.replace(":budget=", "-b").replace(":", "").replace("%", "").replace("=", ""))
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")
@@ -209,7 +212,19 @@ def _quant(options: BuildOptions) -> QuantSpec:
     quant = quant_for(precision, compute=compute)
     if compute is not None and quant.compute is not compute:
         raise UsageError(f"dtype {options.dtype} with precision {precision}: dtype is for int8, leave it out")
-    return quant if options.kv_dtype is None else quant.with_kv(DType.parse(options.kv_dtype))
+    if options.kv_dtype is None:
+        return quant
+    kv = DType.parse(options.kv_dtype)
+    allowed = (quant.compute, DType.FP8, DType.INT8)
+    if kv not in allowed:
+        raise UsageError(f"kv_dtype is {options.kv_dtype!r}: allowed are {', '.join(dtype.value for dtype in allowed)}")
+    return quant.with_kv(kv)
+
+
+def _with_groups(quant: QuantSpec, directory: Path | None) -> QuantSpec:
+    """`quant` with the groups of a local GPTQ checkpoint; 0 where its rows have one scale each."""
+    gptq = read_gptq_config(directory) if quant.algo == GPTQ_INT8 and directory is not None else None
+    return quant if gptq is None else dataclasses.replace(quant, group_size=gptq.group_size)
 
 
 def _limits(options: BuildOptions, max_position: int) -> Limits:

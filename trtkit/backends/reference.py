@@ -6,13 +6,16 @@ precision. The roundings are written from the formats' definitions, in torch, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trtkit.spec.dtype import DType
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import GPTQ_INT8, QuantSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +54,7 @@ def rounding_to(dtype: DType) -> Rounding:
 def linear_rounding(quant: QuantSpec) -> Rounding:
     """What storing a block's matrices in `quant` does to them; `quant.weights` is the type they are stored in.
 
-    For schemes that ModelOpt calibrates (FP8 by tensor, INT4-AWQ, SmoothQuant) it is plain rounding to the same grid,
-    which their own result is near and not equal to.
+    GPTQ's numbers are stored as they come, so it rounds nothing.
     """
     import torch
 
@@ -62,22 +64,14 @@ def linear_rounding(quant: QuantSpec) -> Rounding:
         scale = weight.abs().amax(dim=1, keepdim=True) / 127
         return torch.round(weight / torch.where(scale > 0, scale, 1.0)) * to_compute(scale)
 
-    def fp8_tensor(weight: Tensor) -> Tensor:
-        scale = weight.abs().amax() / FP8_MAX
-        return (weight / scale).to(torch.float8_e4m3fn).float() * scale
-
-    def int4_groups(weight: Tensor) -> Tensor:
-        groups = weight.reshape(weight.shape[0], -1, min(quant.group_size, weight.shape[1]))
-        scale = groups.abs().amax(dim=2, keepdim=True) / 7
-        rounded = torch.round(groups / torch.where(scale > 0, scale, 1.0)) * scale
-        return rounded.reshape(weight.shape)
-
     def fp8_rows(weight: Tensor) -> Tensor:
         scale = (weight.abs().amax(dim=1, keepdim=True) / FP8_MAX).clamp(min=FP8_LEAST_SCALE)
         return (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
 
-    by_type: dict[DType, Rounding] = {DType.INT8: int8_rows, DType.FP8: fp8_rows, DType.INT4: int4_groups}
-    return fp8_tensor if quant.algo == "FP8" else by_type.get(quant.weights, to_compute)
+    if quant.algo == GPTQ_INT8:
+        return lambda weight: weight
+    by_type: dict[DType, Rounding] = {DType.INT8: int8_rows, DType.FP8: fp8_rows}
+    return by_type.get(quant.weights, to_compute)
 
 
 def reference(
@@ -92,7 +86,7 @@ def reference(
     """Log-probabilities [positions, tokens] by transformers in float32, after rounding the weights.
 
     Args:
-        source_dir: a Hugging Face directory.
+        source_dir: a Hugging Face directory, INT8 GPTQ included.
         layers: how many of its first layers are run.
         prompt: token ids.
         tokens: the vocabulary entries asked for after each of `POSITIONS`.
@@ -101,7 +95,8 @@ def reference(
     """
     import torch
 
-    model = _load(source_dir, layers)
+    with plain_source(source_dir, layers) as directory:
+        model = _load(directory, layers)
     with torch.inference_mode():
         for name, parameter in model.named_parameters():
             rounding = linear if ".layers." in name and name.endswith("_proj.weight") else other
@@ -111,6 +106,64 @@ def reference(
     logprobs = torch.log_softmax(logits.double(), dim=-1)[:, list(tokens)]
     result: NDArray[np.float64] = logprobs.numpy()
     return result
+
+
+@contextmanager
+def plain_source(source_dir: Path, layers: int) -> Iterator[Path]:
+    """The directory, or, of a GPTQ checkpoint, one that holds its first layers multiplied out in float32.
+
+    Written from the format's definition: four numbers to an int32 along the inputs, the zero point stored less one.
+    """
+    config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
+    if not config.get("quantization_config") and not (source_dir / "quantize_config.json").is_file():
+        yield source_dir
+        return
+    settings = config.pop("quantization_config", None) or json.loads((source_dir / "quantize_config.json").read_text())
+    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+    tensors = first_layers(source_dir, layers)
+    for name in [name for name in tensors if name.endswith(".qweight")]:
+        prefix = name.removesuffix("qweight")
+        parts = {suffix: tensors.pop(f"{prefix}{suffix}") for suffix in ("qweight", "qzeros", "scales", "g_idx")}
+        tensors[f"{prefix}weight"] = _multiplied_out(parts, less)
+    with tempfile.TemporaryDirectory(prefix="trtkit-verify-") as folder:
+        write_model(Path(folder), tensors, source_dir, layers)
+        yield Path(folder)
+
+
+def write_model(directory: Path, tensors: Mapping[str, Tensor], config_dir: Path, layers: int) -> None:
+    """A float32 model directory of these tensors, with the config of another."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config |= {"num_hidden_layers": layers, "torch_dtype": "float32", "dtype": "float32"}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def first_layers(source_dir: Path, layers: int) -> dict[str, Tensor]:
+    """Every tensor of a directory but those of later layers, as it is stored."""
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(source_dir.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                match = re.search(r"\.layers\.(\d+)\.", name)
+                if match is None or int(match[1]) < layers:
+                    tensors[name] = handle.get_tensor(name)
+    return tensors
+
+
+def _multiplied_out(parts: Mapping[str, Tensor], less: int) -> Tensor:
+    """[out, in] in float32."""
+    import torch
+
+    shifts = torch.arange(0, 32, 8)
+    numbers = torch.stack([(parts["qweight"] >> shift) & 255 for shift in shifts], dim=1).flatten(0, 1)
+    zeros = torch.stack([(parts["qzeros"] >> shift) & 255 for shift in shifts], dim=2).flatten(1, 2) + less
+    group = parts["g_idx"].long()
+    return ((numbers - zeros[group]).float() * parts["scales"].float()[group]).T.contiguous()
 
 
 def _load(source_dir: Path, layers: int) -> Any:  # noqa: ANN401 - a transformers model

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtkit.spec.checkpoint import CONFIG_NAME, VOCAB_EMBEDDING, rank_file
+from trtkit.spec.checkpoint import CONFIG_NAME, FINAL_NORM, LM_HEAD, VOCAB_EMBEDDING, layer_prefix, rank_file
 from trtkit.spec.checkpoint_config import checkpoint_config, read_checkpoint_config
 from trtkit.spec.errors import InputError
 from trtkit.spec.plan import Parallelism
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LAYER = re.compile(r"transformer\.layers\.(\d+)\.(.+)")
+_NAMES = {
+    "self_attn.o_proj": "attention.dense",
+    "mlp.gate_proj": "mlp.fc",
+    "mlp.up_proj": "mlp.gate",
+    "mlp.down_proj": "mlp.proj",
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "post_layernorm",
+}
 _SCALES = (
     "per_channel_scale",
     "weights_scaling_factor",
@@ -32,8 +40,32 @@ _SCALES = (
 )
 
 
-def write_twin(checkpoint_dir: Path, directory: Path, layers: int) -> None:
+def source_names(twin: Path) -> dict[str, Tensor]:
+    """A twin's tensors in float32, its ranks joined, by Hugging Face names."""
+    import torch
+
+    from trtkit.engine.ranks import RankReader
+
+    model, _, parallel = read_checkpoint_config(twin)
+    q_rows, kv_rows = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    result: dict[str, Tensor] = {}
+    with RankReader(twin, model, parallel) as reader:
+        for theirs, ours in (("model.embed_tokens", VOCAB_EMBEDDING), ("model.norm", FINAL_NORM), ("lm_head", LM_HEAD)):
+            result[f"{theirs}.weight"] = reader.tensor(ours).float()
+        for layer in range(model.num_layers):
+            prefix, block = f"model.layers.{layer}.", layer_prefix(layer)
+            qkv = torch.split(reader.tensor(f"{block}attention.qkv.weight").float(), [q_rows, kv_rows, kv_rows])
+            for name, part in zip("qkv", qkv, strict=True):
+                result[f"{prefix}self_attn.{name}_proj.weight"] = part.contiguous()
+            for theirs, ours in _NAMES.items():
+                result[f"{prefix}{theirs}.weight"] = reader.tensor(f"{block}{ours}.weight").float().contiguous()
+    return result
+
+
+def write_twin(checkpoint_dir: Path, directory: Path, layers: int, *, ones: bool = False) -> None:
     """Write the first `layers` of a TensorRT-LLM checkpoint to `directory`, without quantisation, in one pipeline stage.
+
+    With `ones` every quantised number is taken to be 1, which gives the worth of a step at its place.
 
     Raises:
         InputError: a scale that the weights need is missing.
@@ -46,14 +78,15 @@ def write_twin(checkpoint_dir: Path, directory: Path, layers: int) -> None:
         tensors: dict[str, Tensor] = {}
         for stage in range(parallel.pp):
             path = checkpoint_dir / rank_file(stage * parallel.tp + rank)
-            tensors |= _stage(path, first_layer=stage * per_stage, layers=layers)
+            tensors |= _stage(path, first_layer=stage * per_stage, layers=layers, ones=ones)
         save_file(tensors, directory / rank_file(rank))
     config = checkpoint_config(replace(model, num_layers=layers), quant_for("fp32"), Parallelism(tp=parallel.tp))
     (directory / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
 
 
-def _stage(path: Path, *, first_layer: int, layers: int) -> dict[str, Tensor]:
+def _stage(path: Path, *, first_layer: int, layers: int, ones: bool) -> dict[str, Tensor]:
     """One rank file's share: layers counted over the whole model, scales multiplied in."""
+    import torch
     from safetensors import safe_open
 
     result: dict[str, Tensor] = {}
@@ -70,9 +103,16 @@ def _stage(path: Path, *, first_layer: int, layers: int) -> dict[str, Tensor]:
             tensor = handle.get_tensor(name)
             if suffix == "weight":
                 beside = {s: handle.get_tensor(f"{prefix}.{s}") for s in _SCALES if f"{prefix}.{s}" in stored}
+                if ones and beside:
+                    tensor = torch.full_like(tensor, 0x11 if _two_to_a_byte(tensor, beside) else 1)
                 tensor = dequantised(tensor, beside, f"{path}: {name}")
             result[f"transformer.layers.{layer}.{match[2]}" if match else name] = tensor.contiguous()
     return result
+
+
+def _two_to_a_byte(weight: Tensor, scales: Mapping[str, Tensor]) -> bool:
+    scale = scales.get("weights_scaling_factor")
+    return scale is not None and scale.ndim == 2 and "zero" not in scales and scale.shape[0] == 2 * weight.shape[0]
 
 
 def dequantised(weight: Tensor, scales: Mapping[str, Tensor], where: str) -> Tensor:
@@ -101,8 +141,8 @@ def dequantised(weight: Tensor, scales: Mapping[str, Tensor], where: str) -> Ten
         return (wide + scales["zero"].float().repeat_interleave(step, dim=0)).T
     if scale.numel() == 1:
         values = weight.float() * scale
-    elif scale.ndim == 1:
-        values = weight.float() * scale[:, None]
+    elif not _two_to_a_byte(weight, scales):
+        values = weight.float() * scale.reshape(-1, 1)
     else:
         packed = weight.view(torch.uint8).to(torch.int16)
         nibbles = torch.stack((packed & 15, packed >> 4), dim=1).reshape(-1, weight.shape[1])

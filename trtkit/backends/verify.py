@@ -17,15 +17,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trtkit.backends.calibrated import ALGOS, Stored, check_steps
 from trtkit.backends.reference import (
     POSITIONS,
     PROMPT_TOKENS,
+    first_layers,
     linear_rounding,
+    plain_source,
     probe_tokens,
     reference,
     rounding_to,
+    write_model,
 )
-from trtkit.backends.twin import write_twin
+from trtkit.backends.twin import source_names, write_twin
 from trtkit.spec.checkpoint import CONFIG_NAME, rank_file
 from trtkit.spec.checkpoint_config import checkpoint_config, read_checkpoint_config
 from trtkit.spec.dtype import DType
@@ -34,8 +38,10 @@ from trtkit.spec.errors import InputError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import GPTQ_INT8, QuantSpec
 from trtkit.spec.units import GIB
+from trtkit.trtllm.gptq import read_gptq_config
+from trtkit.trtllm.layout import EMBED, is_linear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,14 +68,44 @@ def verify(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpoint_dir:
     """
     layers = layers_to_run(model)
     prompt, tokens = probe_tokens(model.vocab_size)
-    _, stored, _ = read_checkpoint_config(checkpoint_dir)
+    stored = taken_over(read_checkpoint_config(checkpoint_dir)[1], source_dir)
     plain = reference(source_dir, layers, prompt, tokens)
-    rounded = reference(
-        source_dir, layers, prompt, tokens, linear=linear_rounding(stored), other=rounding_to(stored.compute)
-    )
+    extra: dict[str, float] = {}
     with _runnable(checkpoint_dir, layers) as directory:
         ours = _embedded(directory, prompt, tokens)
-    return judged(ours, rounded, plain, layers, quant, checkpoint_dir)
+        if quant.algo in ALGOS:
+            with plain_source(source_dir, layers) as source:
+                extra["worst_half_steps"], rounded = _held_to_source(checkpoint_dir, directory, source, quant, layers)
+        else:
+            linear, other = linear_rounding(stored), rounding_to(stored.compute)
+            rounded = reference(source_dir, layers, prompt, tokens, linear=linear, other=other)
+    return extra | judged(ours, rounded, plain, layers, quant, checkpoint_dir)
+
+
+def _held_to_source(
+    checkpoint_dir: Path, twin: Path, source: Path, quant: QuantSpec, layers: int
+) -> tuple[float, NDArray[np.float64]]:
+    """For scales that cannot be foreseen: each number against the source's, then the numbers run with the source's config.
+
+    Returns:
+        How many half steps the worst number is off; transformers' log-probabilities on the checkpoint's weights.
+    """
+    stored, plain = source_names(twin), first_layers(source, layers)
+    with tempfile.TemporaryDirectory(prefix="trtkit-verify-") as name:
+        write_twin(checkpoint_dir, Path(name), layers, ones=True)
+        steps = source_names(Path(name))
+    matrices = {n: Stored(values=stored[n], steps=steps[n]) for n in stored if is_linear(n)}
+    worst = check_steps(matrices, stored, plain, quant, str(checkpoint_dir))
+    with tempfile.TemporaryDirectory(prefix="trtkit-verify-") as name:
+        write_model(Path(name), stored, source, layers)
+        return worst, reference(Path(name), layers, *probe_tokens(stored[EMBED].shape[0]))
+
+
+def taken_over(stored: QuantSpec, source_dir: Path) -> QuantSpec:
+    """The scheme for `linear_rounding`: a GPTQ source with one scale a row goes into INT8 rows as it is, unrounded."""
+    gptq = read_gptq_config(source_dir)
+    as_it_is = gptq is not None and not gptq.group_size and stored.weights is DType.INT8
+    return replace(stored, algo=GPTQ_INT8) if as_it_is else stored
 
 
 def layers_to_run(model: ModelSpec) -> int:
@@ -157,7 +193,7 @@ def _runnable(checkpoint_dir: Path, layers: int) -> Iterator[Path]:
     scales multiplied in, pipeline stages joined.
     """
     model, quant, parallel = read_checkpoint_config(checkpoint_dir)
-    direct = parallel.pp == 1 and quant.algo in (None, "W8A16")
+    direct = parallel.pp == 1 and quant.algo in (None, "W8A16") and quant.kv.bits >= 16
     if direct and layers == model.num_layers:
         yield checkpoint_dir
         return

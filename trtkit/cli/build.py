@@ -16,10 +16,13 @@ Model = Annotated[
     typer.Option(help="Model directory, catalog preset or hub id; for a GPU the default is Llama 3 70B Instruct."),
 ]
 Name = Annotated[str | None, typer.Option(help="Engine name (default: the recipe's, or made from the options).")]
-Precision = Annotated[str | None, typer.Option(help="fp32, fp16 (default), bf16, int8, fp8-rowwise, ...")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16 (default), bf16, int8, int8-gptq, fp8-rowwise, fp8, int4-awq or int8-sq.")
+]
 Compute = Annotated[str | None, typer.Option("--dtype", help="Compute type beside int8 weights (default fp16).")]
 Gpu = Annotated[str | None, typer.Option(help="Device it is for: cpu (default) or a catalog entry, such as h100.")]
 Tp = Annotated[int | None, typer.Option(help="Tensor-parallel ranks (default 1).")]
+Pp = Annotated[int | None, typer.Option(help="Pipeline-parallel ranks (default 1).")]
 Kv = Annotated[str | None, typer.Option(help="KV policy: full (default), h2o:50%, h2o:2048, window:1024, ...")]
 Target = Annotated[str | None, typer.Option(help="auto (default), embedded, tensorrt or pytorch.")]
 MaxBatch = Annotated[_Limit, typer.Option("--max-batch-size", help="Requests in flight at once (default 32).")]
@@ -30,11 +33,13 @@ Output = Annotated[Path, typer.Option("--output", help="Directory that engines g
 Approximate = Annotated[
     bool, typer.Option("--allow-approximate", help="Accept a KV policy that the target only approximates.")
 ]
-Calib = Annotated[str | None, typer.Option(help="Text file that fp8 and int4-awq are calibrated on.")]
+Calib = Annotated[
+    str | None, typer.Option(help="Text file for what is calibrated: fp8, int4-awq, int8-sq, an int8 KV cache.")
+]
 LoadFormat = Annotated[
     str | None, typer.Option(help="auto (default), or dummy: random weights of the true shape, no checkpoint.")
 ]
-KvDtype = Annotated[str | None, typer.Option(help="Type of the KV cache, such as fp8 (default: the compute type).")]
+KvDtype = Annotated[str | None, typer.Option(help="Type of the KV cache: fp8 or int8 (default: the compute type).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and steps; write nothing.")]
 
 
@@ -46,6 +51,7 @@ def command(
     dtype: Compute = None,
     gpu: Gpu = None,
     tp: Tp = None,
+    pp: Pp = None,
     kv: Kv = None,
     target: Target = None,
     max_batch_size: MaxBatch = None,
@@ -67,7 +73,7 @@ def command(
     from trtkit.backends.recipe import BuildOptions, load_recipe, make_plan, resolve_target
 
     given = BuildOptions(
-        model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, kv=kv, target=target,
+        model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, pp=pp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
         allow_approximate=allow_approximate or None, calib_text=calib_text,
         load_format=load_format, kv_dtype=kv_dtype,

@@ -18,7 +18,7 @@ from trtkit.spec.units import format_gib
 def command(
     source: Annotated[Path, typer.Argument(help="Hugging Face model directory (safetensors, single or sharded).")],
     output: Annotated[Path, typer.Argument(help="Checkpoint directory to create.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16 or int8 (weight-only).")] = "fp16",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 (weight-only), int8-gptq or fp8-rowwise.")] = "fp16",
     dtype: Annotated[
         str | None, typer.Option(help="Compute type beside int8 weights: fp16 (default), bf16 or fp32.")
     ] = None,

@@ -14,26 +14,28 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
-from trtkit.spec.quant import PRECISIONS
+from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, PRECISIONS
 
 ENGINE_RELEASES = ((1, 2),)
 """Releases whose engine backend trtkit drives; 1.3 removed it."""
 
 PYTORCH_SINCE = (1, 2)
 BUILDABLE: dict[str, tuple[str | None, ...]] = {
-    "embedded": (None, "W8A16"),
-    "tensorrt": (None, "W8A16"),
-    "pytorch": (None, "W8A16", "FP8", "W4A16_AWQ"),
+    "embedded": (None, "W8A16", GPTQ_INT8, FP8_ROWWISE),
+    "tensorrt": (None, "W8A16", GPTQ_INT8, FP8_ROWWISE, "FP8", "W4A16_AWQ", "W8A8_SQ_PER_CHANNEL"),
+    "pytorch": (None, "W8A16", GPTQ_INT8, FP8_ROWWISE, "FP8", "W4A16_AWQ"),
 }
-"""Algorithms whose checkpoints trtkit writes, by target; FP8 and INT4-AWQ with ModelOpt."""
+"""Algorithms whose checkpoints trtkit writes, by target; FP8, INT4-AWQ and SmoothQuant with ModelOpt."""
 
-_WEIGHT_ONLY = ("W8A16", "W8A16_GPTQ", "W4A16_AWQ")
-_PYTORCH_ALGOS = (None, "W8A16", "FP8", "W4A16_AWQ")
+_WEIGHT_ONLY = ("W8A16", GPTQ_INT8, "W4A16_AWQ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """One thing a target does not do. `adjusts` names the setting that is switched off instead of refusing."""
+    """One thing a target does not do. `adjusts` names the setting that is switched off instead of refusing.
+
+    `target` "any" stands for both of TensorRT-LLM's.
+    """
 
     name: str
     target: str
@@ -68,7 +70,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="fp8-needs-sm89",
         target="any",
-        applies=lambda plan, sm: 0 < sm < 89 and plan.quant.algo == "FP8",
+        applies=lambda plan, sm: 0 < sm < 89 and plan.quant.algo in ("FP8", FP8_ROWWISE),
         says="FP8 needs an Ada or Hopper GPU (sm89) or newer",
         instead="--precision int8 (weight-only)",
         source="TensorRT-LLM docs, supported hardware; release 1.2",
@@ -94,10 +96,26 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="gptq-int8-pytorch",
         target="pytorch",
-        applies=lambda plan, _sm: plan.quant.algo == "W8A16_GPTQ",
-        says="the PyTorch backend has no path for GPTQ with INT8 weights",
-        instead="--target tensorrt, or --precision int8",
-        source="TensorRT-LLM linear.py (1.1/1.2): no W8A16_GPTQ method found",
+        applies=lambda plan, _sm: plan.quant.algo == GPTQ_INT8 and plan.quant.group_size > 0,
+        says="the PyTorch backend's INT8 layer has one scale a row, GPTQ with groups has many",
+        instead="--target tensorrt, or --precision int8 (rounds again)",
+        source="TensorRT-LLM linear.py (1.1/1.2): WeightOnlyQuantLinearMethod; no method for W8A16_GPTQ",
+    ),
+    Rule(
+        name="gptq-float16",
+        target="any",
+        applies=lambda plan, _sm: plan.quant.algo == GPTQ_INT8 and plan.quant.compute is not DType.FP16,
+        says="GPTQ's scales are float16 numbers, and its weights are packed for float16",
+        instead="--dtype fp16",
+        source="TensorRT-LLM functional.py (1.1): postprocess_weight_only_groupwise",
+    ),
+    Rule(
+        name="int8-kv-embedded",
+        target="embedded",
+        applies=lambda plan, _sm: plan.quant.kv is DType.INT8,
+        says="the embedded engine has no INT8 KV cache",
+        instead="a 16-bit KV cache or --kv-dtype fp8",
+        source="trtkit: engine/paged_cache.py",
     ),
     Rule(
         name="int8-kv-pytorch",
@@ -110,9 +128,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="scheme-pytorch",
         target="pytorch",
-        applies=lambda plan, _sm: plan.quant.algo not in (*_PYTORCH_ALGOS, "W8A16_GPTQ"),
+        applies=lambda plan, _sm: plan.quant.algo not in BUILDABLE["pytorch"],
         says="the PyTorch backend does not list this scheme",
-        instead="--precision int8, fp8 or int4-awq",
+        instead="--precision int8, fp8, fp8-rowwise or int4-awq",
         source="TensorRT-LLM docs/source/features/quantization.md",
     ),
     Rule(
@@ -150,7 +168,8 @@ def adjustments(plan: BuildPlan) -> frozenset[str]:
 def broken(plan: BuildPlan) -> list[Rule]:
     """Rules that apply to a plan."""
     sm = gpu_spec(plan.gpu).sm
-    return [rule for rule in RULES if rule.target in ("any", plan.target) and rule.applies(plan, sm)]
+    of_target = ("embedded",) if plan.target == "embedded" else ("any", plan.target)
+    return [rule for rule in RULES if rule.target in of_target and rule.applies(plan, sm)]
 
 
 def check_plan(plan: BuildPlan) -> None:
@@ -159,8 +178,6 @@ def check_plan(plan: BuildPlan) -> None:
     Raises:
         UnsupportedError: names the rule, the way out and the source.
     """
-    if plan.target not in ("tensorrt", "pytorch"):
-        return
     for rule in broken(plan):
         if not rule.adjusts:
             raise UnsupportedError(

@@ -20,11 +20,18 @@ from trtkit.spec.errors import InputError
 
 Array = NDArray[Any]
 INT8_MAX = 127
+FP8_MAX = 448.0
+"""Largest float8_e4m3fn."""
+
+FP8_LEAST_SCALE = 1 / (FP8_MAX * 512)
+"""Smallest scale of an FP8 row, as in TensorRT-LLM's own conversion (`postprocess_fp8_rowwise`)."""
+
 _STORAGE: dict[DType, type[np.generic]] = {
     DType.FP32: np.float32,
     DType.FP16: np.float16,
     DType.BF16: np.uint16,
     DType.INT8: np.int8,
+    DType.FP8: np.uint8,
 }
 _EXPONENT = {DType.FP32: 0x7F80_0000, DType.FP16: 0x7C00, DType.BF16: 0x7F80}
 """Bits of infinity; larger ones (the sign aside) are NaN."""
@@ -96,6 +103,36 @@ def quantise_rows(values: Array, source: DType) -> tuple[NDArray[np.int8], NDArr
     steps = np.divide(numbers, safe[:, None], out=None if numbers is values else numbers)
     np.rint(steps, out=steps)
     return steps.astype(np.int8), scales
+
+
+def quantise_fp8_rows(values: Array, source: DType) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """FP8 (e4m3fn) with one scale per row: scale = amax / 448 in float32, at least `FP8_LEAST_SCALE`.
+
+    Args:
+        values: [rows, cols], finite, in the storage of `source`.
+        source: their type.
+
+    Returns:
+        (the numbers' bits [rows, cols], scale [rows]).
+    """
+    numbers: NDArray[np.float32] = _converted(values, source, DType.FP32)
+    most = np.maximum(numbers.max(axis=1), -numbers.min(axis=1)) / np.float32(FP8_MAX)
+    scales = np.maximum(most, np.float32(FP8_LEAST_SCALE))
+    return _fp8_bits(numbers / scales[:, None]), scales
+
+
+def _fp8_bits(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Round to nearest, ties to even; what is larger than 448 becomes 448.
+
+    e4m3 has three bits of mantissa, exponents from -6 (bias 7), and below that steps of 2**-9.
+    """
+    bits = values.view(np.uint32)
+    magnitude = np.minimum(bits & 0x7FFF_FFFF, np.float32(FP8_MAX).view(np.uint32))
+    normal = ((magnitude + 0x7_FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    small = np.rint(magnitude.view(np.float32) * np.float32(512)).astype(np.uint32)
+    codes = np.where(magnitude < np.float32(2.0**-6).view(np.uint32), small, normal)
+    result: NDArray[np.uint8] = (codes | ((bits >> 24) & 0x80)).astype(np.uint8)
+    return result
 
 
 def _converted(values: Array, source: DType, target: DType) -> Array:

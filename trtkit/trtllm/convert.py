@@ -10,32 +10,44 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trtkit.spec.atomic import output_errors, write_text
-from trtkit.spec.checkpoint import CONFIG_NAME, checkpoint_tensors, rank_file
+from trtkit.spec.checkpoint import CONFIG_NAME, rank_file
 from trtkit.spec.checkpoint_config import checkpoint_config
 from trtkit.spec.codec import digest
 from trtkit.spec.directory import absolute, check_free, check_space, publish, working_directory
-from trtkit.spec.errors import UnsupportedError, UsageError
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.plan import Parallelism
 from trtkit.spec.progress import Progress, no_progress
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import GPTQ_INT8, QuantSpec
 from trtkit.trtllm.journal import Journal
 from trtkit.trtllm.layout import Slab, slabs
 from trtkit.trtllm.piece import LostWriteError, PieceWorker
 from trtkit.trtllm.safetensors_file import FileLayout, lay_out
 from trtkit.trtllm.source import SourceCheckpoint, open_source
+from trtkit.trtllm.stored import (
+    GPTQ_GROUP,
+    GPTQ_GROUPS,
+    check_groups,
+    kv_scale_name,
+    kv_scales,
+    stored_quant,
+    stored_tensors,
+)
 from trtkit.trtllm.threads import in_parallel
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of a plan's digest: raise it when the same plan gives other bytes or pieces, so that no old piece is kept."""
 
 PIECE_BYTES = 1 << 20
-TARGETS = ("embedded", "tensorrt")
+PACKED_PIECES = 16
+"""GPTQ pieces are that many times larger, as their rows lie scattered in the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,34 +65,6 @@ class ConvertResult:
     seconds: float
 
 
-def stored_quant(quant: QuantSpec, target: str) -> QuantSpec:
-    """The types a checkpoint for `target` holds; its config still names the scheme.
-
-    TensorRT-LLM quantises INT8 weight-only itself while it builds, into a layout of its own, so its checkpoint keeps
-    the compute type; the embedded engine reads INT8 rows and scales.
-
-    Raises:
-        UnsupportedError: the scheme needs calibration, or the target loads another format.
-    """
-    if target == "pytorch":
-        raise UnsupportedError(
-            "target 'pytorch' loads Hugging Face directories itself and needs no TensorRT-LLM checkpoint; "
-            f"convert writes for {' and '.join(TARGETS)}"
-        )
-    if target not in TARGETS:
-        raise UsageError(f"unknown target {target!r}: allowed are {', '.join(TARGETS)}")
-    if quant.algo not in (None, "W8A16"):
-        raise UnsupportedError(
-            f"precision {quant.precision!r} needs calibration data, which convert does not use; "
-            "convert writes fp32, fp16, bf16 and int8 (weight-only)"
-        )
-    if quant.kv.bits < 16:
-        raise UnsupportedError(
-            f"a {quant.kv.value} KV cache needs calibrated scales; convert with --kv-dtype of 16 bits"
-        )
-    return replace(quant, weights=quant.compute) if target == "tensorrt" else quant
-
-
 def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defaults
     source_dir: Path,
     output_dir: Path,
@@ -90,12 +74,14 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
     target: str = "embedded",
     name: str | None = None,
     force: bool = False,
+    kv_scale: Sequence[float] | None = None,
     progress: Progress = no_progress,
 ) -> ConvertResult:
     """Write `output_dir` (config.json and one safetensors file per rank) from a Hugging Face directory.
 
     Work happens in `<output_dir>.partial`, which survives a kill; running again with the same arguments continues.
-    `name` replaces the model's name, which is otherwise the source directory's.
+    `name` replaces the model's name, which is otherwise the source directory's; `kv_scale` is the 8-bit KV cache's scale
+    of each layer.
 
     Raises:
         InputError: the source is damaged, incomplete or not finite, or overflows the target type.
@@ -108,13 +94,17 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
     stored = stored_quant(quant, target)
     check_free(output, force=force, marker=CONFIG_NAME)
     source = open_source(source_dir, name=name)
+    stored = with_source_groups(stored, source, parallel)
+    scales = kv_scales(stored, source.model.num_layers, kv_scale)
     pieces = list(_pieces(source, parallel))
     layouts = _layouts(source, stored, parallel)
-    with working_directory(output) as partial, Journal(partial, _plan_digest(source, stored, parallel)) as journal:
+    plan_digest = _plan_digest(source, stored, parallel, scales)
+    with working_directory(output) as partial, Journal(partial, plan_digest) as journal:
         check_space(output, sum(layout.num_bytes for layout in layouts) - _present_bytes(partial))
         if not journal.finished or not _files_intact(partial, layouts):
             journal.restart()
             _begin_files(partial, layouts)
+            _write_kv_scales(partial, layouts, scales, parallel)
         _run(source, pieces, partial, layouts, journal, progress)
         write_text(partial / CONFIG_NAME, _config_text(source, stored, parallel))
         publish(partial, output)
@@ -142,10 +132,10 @@ def _pieces(source: SourceCheckpoint, parallel: Parallelism) -> Iterator[Slab]:
 
 
 def _cut(source: SourceCheckpoint, slab: Slab) -> Iterator[Slab]:
-    """Pieces of at most `PIECE_BYTES` of source, always whole rows."""
-    entry = source.tensors[slab.source].entry
-    row_bytes = entry.num_bytes // entry.shape[0]
-    step = max(1, PIECE_BYTES // row_bytes)
+    """Pieces of at most `PIECE_BYTES` of source, always whole rows; more for GPTQ, whose rows lie scattered."""
+    tensor = source.tensors[slab.source]
+    row_bytes = tensor.entry.num_bytes // tensor.entry.shape[0]
+    step = max(1, PIECE_BYTES * (1 if tensor.packed is None else PACKED_PIECES) // row_bytes)
     for begin in range(0, slab.rows, step):
         yield replace(
             slab,
@@ -157,12 +147,42 @@ def _cut(source: SourceCheckpoint, slab: Slab) -> Iterator[Slab]:
 
 def _layouts(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallelism) -> list[FileLayout]:
     return [
-        lay_out(checkpoint_tensors(source.model, stored, parallel, pp_rank=rank // parallel.tp))
+        lay_out(stored_tensors(source.model, stored, parallel, pp_rank=rank // parallel.tp))
         for rank in range(parallel.world_size)
     ]
 
 
-def _plan_digest(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallelism) -> str:
+def with_source_groups(stored: QuantSpec, source: SourceCheckpoint, parallel: Parallelism) -> QuantSpec:
+    """`stored` with the groups that the source has; one scale a row is repeated for each group of an engine's size.
+
+    Raises:
+        UnsupportedError: GPTQ asked for of a source that is not, or groups that an engine's kernel does not take.
+    """
+    if source.gptq is None:
+        if stored.precision == "int8-gptq":
+            raise UnsupportedError(
+                f"{source.directory}: precision int8-gptq takes a model that GPTQ has quantised to 8 bits (quantize_config.json "
+                "or quantization_config); this one is not quantised: use --precision int8"
+            )
+        return stored
+    if stored.precision == "int8-gptq" and stored.compute is DType.BF16:
+        raise UnsupportedError(
+            f"{source.directory}: GPTQ's scales are float16 numbers, which bf16 would round; use --dtype fp16"
+        )
+    if stored.algo != GPTQ_INT8:
+        return stored
+    group = source.gptq.group_size or GPTQ_GROUP
+    if group not in GPTQ_GROUPS:
+        raise UnsupportedError(
+            f"{source.directory}: GPTQ groups of {group}; TensorRT-LLM's kernel takes {' and '.join(map(str, GPTQ_GROUPS))} "
+            "(or one scale a row): use --precision int8, which rounds again"
+        )
+    stored = replace(stored, group_size=group)
+    check_groups(source.model, stored, parallel)
+    return stored
+
+
+def _plan_digest(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallelism, scales: Sequence[float]) -> str:
     return digest(
         {
             "format": FORMAT_VERSION,
@@ -170,6 +190,7 @@ def _plan_digest(source: SourceCheckpoint, stored: QuantSpec, parallel: Parallel
             "model": source.model,
             "quant": stored,
             "parallel": parallel,
+            "kv_scales": list(scales),
             "source": str(source.directory.absolute()),
             "files": source.fingerprint,
         }
@@ -196,6 +217,18 @@ def _begin_files(partial: Path, layouts: Sequence[FileLayout]) -> None:
         with output_errors(path), path.open("wb") as handle:
             handle.write(layout.header)
             handle.truncate(layout.num_bytes)
+
+
+def _write_kv_scales(
+    partial: Path, layouts: Sequence[FileLayout], scales: Sequence[float], parallel: Parallelism
+) -> None:
+    per_stage = len(scales) // parallel.pp
+    for rank, layout in enumerate(layouts if scales else ()):
+        path, first = partial / rank_file(rank), rank // parallel.tp * per_stage
+        with output_errors(path), path.open("rb+") as handle:
+            for layer in range(per_stage):
+                handle.seek(layout.entries[kv_scale_name(layer)].offset)
+                handle.write(struct.pack("<f", scales[first + layer]))
 
 
 def _run(

@@ -69,12 +69,23 @@ def run_trtllm_build(
     return peak
 
 
-def run_logged(argv: Sequence[str], log_path: Path, *, ranks: int = 1, progress: Progress = no_progress) -> int | None:
-    """Run a program to its end with everything it prints in `log_path`; it is killed if this process is interrupted."""
+def run_logged(
+    argv: Sequence[str],
+    log_path: Path,
+    *,
+    ranks: int = 1,
+    name: str | None = None,
+    progress: Progress = no_progress,
+) -> int | None:
+    """Run a program to its end with everything it prints in `log_path`; it is killed if this process is interrupted.
+
+    `name` is what people see it called, by default the program's.
+    """
+    name = name or argv[0]
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     memory_ran_out, peak, done = False, None, 0
     tethered = [sys.executable, "-m", "trtkit.trtllm.tether", str(os.getpid()), *argv]
-    progress(argv[0], 0, ranks)
+    progress(name, 0, ranks)
     with output_errors(log_path), log_path.open("a", encoding="utf-8") as log:
         log.write(f"$ {' '.join(argv)}\n")
         process = subprocess.Popen(  # noqa: S603 - a fixed program, no shell
@@ -96,12 +107,12 @@ def run_logged(argv: Sequence[str], log_path: Path, *, ranks: int = 1, progress:
                 memory_ran_out = memory_ran_out or bool(_OUT_OF_MEMORY.search(line))
                 peak = _peak_bytes(line) or peak
                 done += bool(_RANK_DONE.search(line))
-                progress(argv[0], min(done, ranks), ranks)
+                progress(name, min(done, ranks), ranks)
             code = process.wait()
         finally:
             _end(process)
     if code:
-        raise _failure(argv[0], code, log_path, list(tail), memory_ran_out=memory_ran_out)
+        raise _failure(name, code, log_path, list(tail), memory_ran_out=memory_ran_out)
     return peak
 
 

@@ -7,6 +7,7 @@ value, fc, gate and both vocabulary matrices are split by rows, `dense` and `pro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from trtkit.spec.plan import Parallelism
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+_LINEAR = re.compile(r"\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,11 @@ def check_parallelism(model: ModelSpec, parallel: Parallelism) -> None:
 def _splits(model: ModelSpec, tp: int) -> bool:
     kv = model.num_kv_heads
     return not (model.num_heads % tp or model.intermediate_size % tp or (kv % tp and tp % kv))
+
+
+def is_linear(name: str) -> bool:
+    """Whether a source tensor is one of the seven matrices of a block, the ones that are quantised."""
+    return _LINEAR.search(name) is not None
 
 
 def source_shapes(model: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from trtkit.spec.checkpoint import kv_heads_per_rank
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Request
 from trtkit.spec.plan import BuildPlan
+from trtkit.spec.quant import FP8_ROWWISE
 from trtkit.trtllm.capabilities import adjustments
 
 
@@ -48,6 +49,7 @@ def build_argv(plan: BuildPlan, checkpoint_dir: Path, output_dir: Path, timing_c
         "use_fp8_context_fmha": _switch(quant.algo == "FP8" and quant.kv is DType.FP8),
         "gpt_attention_plugin": "auto",
         "gemm_plugin": "auto",
+        **({"fp8_rowwise_gemm_plugin": quant.compute.trtllm_name} if quant.algo == FP8_ROWWISE else {}),
         "nccl_plugin": "auto" if plan.parallel.world_size > 1 else "disable",
         "use_fused_mlp": _switch(quant.algo in (None, "FP8")),
         "reduce_fusion": _switch(plan.parallel.tp > 1),

@@ -14,10 +14,12 @@ import numpy as np
 from trtkit.spec.atomic import output_errors
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, OutputError
-from trtkit.trtllm.cast import Array, cast, check_finite, quantise_rows, storage_dtype
+from trtkit.trtllm.cast import Array, cast, check_finite, quantise_fp8_rows, quantise_rows, storage_dtype
+from trtkit.trtllm.gptq import GptqMatrix
 from trtkit.trtllm.layout import Slab
 from trtkit.trtllm.safetensors_file import FileLayout
 from trtkit.trtllm.source import SourceCheckpoint, SourceTensor
+from trtkit.trtllm.stored import SCALING_FACTOR
 
 SCALE_SUFFIX = "per_channel_scale"
 
@@ -57,10 +59,30 @@ class RankFile:
         data = np.ascontiguousarray(values)
         assert data.nbytes == row_bytes * values.shape[0]
         assert data.dtype == storage_dtype(self.dtype(name))
+        self._put([(data, entry.offset + row * row_bytes)])
+
+    def write_columns(self, name: str, col: int, values: Array) -> None:
+        """Put `values` [rows, cols], all rows of tensor `name`, at its columns [col, col + cols).
+
+        Raises:
+            OutputError: the disk is full or refuses.
+        """
+        entry = self.layout.entries[name]
+        data = np.ascontiguousarray(values)
+        assert data.shape[0] == entry.shape[0]
+        assert data.dtype == storage_dtype(self.dtype(name))
+        if data.shape[1] == entry.shape[1]:
+            self._put([(data, entry.offset)])
+            return
+        row_bytes, first = entry.num_bytes // entry.shape[0], entry.offset + col * data.dtype.itemsize
+        self._put([(line, first + index * row_bytes) for index, line in enumerate(data)])
+
+    def _put(self, parts: Sequence[tuple[Array, int]]) -> None:
         # One writer a file: the kernel lets no more in, and its waiters spin.
         with output_errors(self._path), self._mutex:
-            self._write(data.reshape(-1).view(np.uint8).data, entry.offset + row * row_bytes)
-            self._unflushed += data.nbytes
+            for data, position in parts:
+                self._write(data.reshape(-1).view(np.uint8).data, position)
+                self._unflushed += data.nbytes
             if self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
                 self._settle()
                 self._unflushed = 0
@@ -121,7 +143,7 @@ class PieceWorker:
         """Open the source's files for reading and the existing rank files for writing."""
         with contextlib.ExitStack() as stack:
             descriptors = {}
-            for path in sorted({tensor.path for tensor in source.tensors.values()}):
+            for path in sorted({path for tensor in source.tensors.values() for path in tensor.paths}):
                 try:
                     descriptors[path] = stack.enter_context(path.open("rb", buffering=0)).fileno()
                 except OSError as error:
@@ -144,20 +166,44 @@ class PieceWorker:
             InputError: the source is shorter than its header said, not finite, or overflows the target type.
             OutputError: the disk is full or refuses.
         """
-        tensor = self._source.tensors[piece.source]
+        tensor, first = self._source.tensors[piece.source], piece.targets[0]
         where = f"{tensor.path}: tensor {piece.source!r}"
         source = DType.parse(tensor.entry.dtype)
-        values = self._read(tensor, piece, source)
-        first = piece.targets[0]
         stored = self._ranks[first.rank].dtype(first.name)
-        if stored is DType.INT8:
+        if tensor.packed is not None and stored is DType.INT8:
+            if f"{first.name.removesuffix('weight')}{SCALING_FACTOR}" in self._ranks[first.rank].layout.entries:
+                self._move_groups(piece, tensor.packed, where)
+                return
+            if not tensor.packed.config.group_size:
+                self._write_scales(piece, tensor.packed.scales[0, piece.row : piece.row + piece.rows], where)
+                self._write(piece, tensor.packed.numbers(piece.row, piece.rows))
+                return
+        values = self._read(tensor, piece, source)
+        if stored in (DType.INT8, DType.FP8):
             check_finite(values, source, where, piece.row)
-            values, scales = quantise_rows(values, source)
+            quantise = quantise_rows if stored is DType.INT8 else quantise_fp8_rows
+            values, scales = quantise(values, source)
             self._write_scales(piece, scales, where)
         else:
             values = cast(values, source, stored, where, piece.row)
+        self._write(piece, values)
+
+    def _write(self, piece: Slab, values: Array) -> None:
         for target in piece.targets:
             self._ranks[target.rank].write(target.name, target.row, values[:, target.col : target.col + target.cols])
+
+    def _move_groups(self, piece: Slab, packed: GptqMatrix, where: str) -> None:
+        """GPTQ's numbers and scales as they are, transposed: a source's rows are an engine's columns."""
+        numbers = packed.numbers(piece.row, piece.rows)
+        scales = packed.scales[:, piece.row : piece.row + piece.rows]
+        for target in piece.targets:
+            rank, name = self._ranks[target.rank], f"{target.name.removesuffix('weight')}{SCALING_FACTOR}"
+            inputs = slice(target.col, target.col + target.cols)
+            rank.write_columns(target.name, target.row, numbers[:, inputs].T)
+            size = target.cols // rank.layout.entries[name].shape[0]
+            groups = scales[np.arange(inputs.start, inputs.stop, size) // packed.group_size]
+            stored = cast(groups, DType.FP32, rank.dtype(name), f"{where}: scale")
+            rank.write_columns(name, target.row, stored)
 
     def _write_scales(self, piece: Slab, scales: Array, where: str) -> None:
         """Columns of a row share its scale, so ranks that split columns all get it."""
@@ -169,6 +215,8 @@ class PieceWorker:
 
     def _read(self, tensor: SourceTensor, piece: Slab, dtype: DType) -> Array:
         """Rows of the piece as [rows, cols], in this thread's buffer (valid until its next read)."""
+        if tensor.packed is not None:
+            return tensor.packed.values(piece.row, piece.rows)
         entry = tensor.entry
         row_bytes = entry.num_bytes // entry.shape[0]
         num_bytes = piece.rows * row_bytes

@@ -1,16 +1,21 @@
-"""A Hugging Face model directory: its config and where each of its tensors lies, single file or sharded."""
+"""A Hugging Face model directory: its config and where each of its tensors lies, single file or sharded.
+
+INT8 GPTQ checkpoints are read too: each matrix then stands for four tensors (`trtkit.trtllm.gptq`).
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.hf import load_model_spec
 from trtkit.spec.model import ModelSpec
-from trtkit.trtllm.layout import source_shapes
+from trtkit.trtllm.gptq import SUFFIXES, GptqConfig, GptqMatrix, gptq_matrix, read_gptq_config
+from trtkit.trtllm.layout import is_linear, source_shapes
 from trtkit.trtllm.safetensors_file import TensorEntry, read_header
 
 SINGLE_NAME = "model.safetensors"
@@ -22,10 +27,24 @@ _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.original_inv_freq")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceTensor:
-    """One tensor of the source and the file it is in."""
+    """One tensor of the source and the file it is in.
+
+    Of a GPTQ matrix `packed` has the numbers; `entry` then describes the float32 matrix it stands for.
+    """
 
     path: Path
     entry: TensorEntry
+    packed: GptqMatrix | None = None
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        """Every file it is in."""
+        return frozenset({self.path}) if self.packed is None else self.packed.paths
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the files."""
+        return self.entry.num_bytes if self.packed is None else self.packed.num_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,16 +54,17 @@ class SourceCheckpoint:
     directory: Path
     model: ModelSpec
     tensors: Mapping[str, SourceTensor]
+    gptq: GptqConfig | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.entry.num_bytes for tensor in self.tensors.values())
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     @property
     def fingerprint(self) -> list[tuple[str, int, int]]:
         """Name, size and change time of each file: what a resumed conversion must find unchanged."""
-        files = sorted({tensor.path for tensor in self.tensors.values()})
+        files = sorted({path for tensor in self.tensors.values() for path in tensor.paths})
         return [(path.name, (stat := path.stat()).st_size, stat.st_mtime_ns) for path in files]
 
 
@@ -53,7 +73,8 @@ def open_source(directory: Path, *, name: str | None = None) -> SourceCheckpoint
 
     Raises:
         InputError: a file, shard or tensor is missing, surplus, truncated or of the wrong shape.
-        UnsupportedError: the architecture, or weights in a form that is not safetensors of 16 or 32 bits.
+        UnsupportedError: the architecture, or weights in a form that is neither safetensors of 16 or 32 bits nor
+            symmetric INT8 GPTQ.
     """
     model = load_model_spec(directory)
     model = replace(model, name=name or model.name)
@@ -63,7 +84,27 @@ def open_source(directory: Path, *, name: str | None = None) -> SourceCheckpoint
             if key in found:
                 raise InputError(f"{path}: tensor {key!r} is already in {found[key].path.name}")
             found[key] = SourceTensor(path=path, entry=entry)
-    return SourceCheckpoint(directory=directory, model=model, tensors=_checked(directory, model, found))
+    gptq = read_gptq_config(directory)
+    if gptq is not None:
+        found = _unpacked(directory, model, found, gptq)
+    return SourceCheckpoint(directory=directory, model=model, tensors=_checked(directory, model, found), gptq=gptq)
+
+
+def _unpacked(
+    directory: Path, model: ModelSpec, found: Mapping[str, SourceTensor], config: GptqConfig
+) -> dict[str, SourceTensor]:
+    """The tensors by the names of an unquantised model: a GPTQ matrix for each weight inside the blocks."""
+    parts = {name: (tensor.path, tensor.entry) for name, tensor in found.items()}
+    result = dict(found)
+    for name, shape in source_shapes(model).items():
+        if not is_linear(name):
+            continue
+        matrix = gptq_matrix(name, shape, parts, config, directory)
+        for suffix in SUFFIXES:
+            del result[f"{name.removesuffix('weight')}{suffix}"]
+        entry = TensorEntry(name=name, dtype="F32", shape=shape, offset=0, num_bytes=4 * prod(shape))
+        result[name] = SourceTensor(path=matrix.parts["qweight"][0], entry=entry, packed=matrix)
+    return result
 
 
 def _weight_files(directory: Path) -> list[Path]:

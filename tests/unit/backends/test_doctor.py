@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from trtkit.backends.doctor import catalog_name, diagnose, render
 from trtkit.cli.app import build_app
 from trtkit.spec.errors import MissingDependencyError
+from trtkit.spec.quant import PRECISIONS
 from trtkit.spec.units import MIB
 from trtkit.trtllm.installed import Device
 
@@ -42,8 +43,10 @@ def test_a_gpu_box_with_1_2_can_run_every_target(fake: pytest.MonkeyPatch) -> No
     found = diagnose()
     assert all(f.ok for f in found.targets)
     assert all(f.ok for f in found.names)
-    assert {f.name for f in found.precisions["tensorrt"] if f.ok} == {"fp32", "fp16", "bf16", "int8"}
-    assert {f.name for f in found.precisions["pytorch"] if f.ok} == {"fp16", "bf16", "int8", "fp8", "int4-awq"}
+    assert {f.name for f in found.precisions["tensorrt"] if f.ok} == set(PRECISIONS)
+    assert {f.name for f in found.precisions["pytorch"] if f.ok} == {
+        "fp16", "bf16", "int8", "fp8-rowwise", "fp8", "int4-awq",
+    }  # fmt: skip
     assert "(h100-sxm)" in render(found)
 
 

@@ -30,6 +30,8 @@ CASES = {
     "int8-kv-paged-context": plan(quant=quant_for("int8", kv=DType.INT8)),
     "fp8-kv-without-fp8": plan(quant=quant_for("int8", kv=DType.FP8)),
     "gptq-int8-pytorch": plan("int8-gptq", target="pytorch"),
+    "gptq-float16": plan(quant=quant_for("int8-gptq", compute=DType.BF16)),
+    "int8-kv-embedded": plan(target="embedded", quant=quant_for("int8", kv=DType.INT8)),
     "int8-kv-pytorch": plan(target="pytorch", quant=quant_for("int8", kv=DType.INT8)),
     "scheme-pytorch": plan("int8-sq", target="pytorch"),
     "int8-bias-pytorch": plan(
@@ -81,9 +83,19 @@ def test_the_pytorch_backend_of_1_2_carries_a_policy_out_and_the_next_one_only_h
     assert kv_fidelity(later, allow_approximate=True) is KVFidelity.GENERATED_ONLY
 
 
-@pytest.mark.parametrize(
-    ("target", "precision"), [("tensorrt", "fp8"), ("tensorrt", "int8-gptq"), ("tensorrt", "int8-sq")]
-)
+@pytest.mark.parametrize("precision", ["fp8-rowwise", "fp8"])
+def test_fp8_rows_and_tensors_want_the_same_gpu(precision: str) -> None:
+    check_plan(plan(precision))
+    with pytest.raises(UnsupportedError, match="sm89"):
+        check_plan(plan(precision, "a100-80gb-sxm"))
+
+
+def test_gptq_with_one_scale_a_row_is_all_that_the_pytorch_backend_takes() -> None:
+    rows = dataclasses.replace(quant_for("int8-gptq"), group_size=0)
+    check_plan(plan(target="pytorch", quant=rows))
+
+
+@pytest.mark.parametrize(("target", "precision"), [("embedded", "fp8"), ("embedded", "int4-awq")])
 def test_what_trtkit_itself_cannot_write_is_refused_before_the_download(target: str, precision: str) -> None:
     with pytest.raises(UnsupportedError, match=f"writes no {precision} checkpoint"):
         check_plan(plan(precision, target=target))

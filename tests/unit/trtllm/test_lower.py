@@ -57,6 +57,12 @@ def test_the_published_configurations_give_these_argument_lists(recipe: str, rec
     assert argv(plan(recipe)) == recorded.split()
 
 
+def test_fp8_rows_name_their_plugin_and_leave_the_fused_mlp() -> None:
+    arguments = argv(plan("fp8-rowwise-h100"))
+    assert value(arguments, "fp8_rowwise_gemm_plugin") == "bfloat16"
+    assert value(arguments, "use_fused_mlp") == "disable"
+
+
 def test_an_int8_kv_cache_switches_paged_context_and_what_needs_it_off() -> None:
     with_int8 = plan(quant=quant_for("int8", kv=DType.INT8))
     assert value(argv(with_int8), "use_paged_context_fmha") == "disable"

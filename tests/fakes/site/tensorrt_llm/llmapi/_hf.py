@@ -1,4 +1,4 @@
-"""How the PyTorch backend reads a unified checkpoint, as far as the facts say: W8A16 weights have a `weight_scale`."""
+"""How the PyTorch backend reads a unified checkpoint, as far as the facts say: W8A16 and FP8 rows have a `weight_scale`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def dequantised_checkpoint(model: Path, scratch: Path) -> int:
     if (model / "hf_quant_config.json").is_file():
         quantization = json.loads((model / "hf_quant_config.json").read_text())["quantization"]
         algo = quantization["quant_algo"]
-        assert algo == "W8A16", algo
+        assert algo in ("W8A16", "FP8_PER_CHANNEL_PER_TOKEN"), algo
+        assert quantization["kv_cache_quant_algo"] in (None, "FP8")
         assert "lm_head" in quantization["exclude_modules"]
+    assert "quantization_config" not in config, "Unsupported quantization_config"
     plain = scratch / "plain"
     plain.mkdir()
     tensors: dict[str, torch.Tensor] = {}
@@ -37,6 +39,12 @@ def dequantised_checkpoint(model: Path, scratch: Path) -> int:
             assert scale.shape == (tensor.shape[0],), "one scale per output channel"
             assert algo == "W8A16"
             result[name] = (tensor.float() * scale.float()[:, None]).to(scale.dtype)
+        elif tensor.dtype == torch.float8_e4m3fn:
+            scale = tensors[name.removesuffix("weight") + "weight_scale"]
+            assert scale.shape == (tensor.shape[0],), "one scale per output channel"
+            assert scale.dtype == torch.float32
+            assert algo == "FP8_PER_CHANNEL_PER_TOKEN"
+            result[name] = (tensor.float() * scale[:, None]).to(torch.bfloat16)
         else:
             assert not (algo and ".layers." in name and name.endswith("_proj.weight")), f"{name} is not quantised"
             result[name] = tensor

@@ -355,7 +355,13 @@ class EngineLLM(_BaseLLM):
 
     def _load(self, scratch: Path) -> tuple[Any, int, Path]:
         pretrained, build = self._config["pretrained_config"], self._config["build_config"]
-        (scratch / "config.json").write_text(json.dumps(pretrained))
+        plain = {**pretrained, "quantization": {**pretrained["quantization"], "kv_cache_quant_algo": None}}
+        plain["trtkit"] = {key: value for key, value in pretrained["trtkit"].items() if key not in ("weights", "kv")}
+        if pretrained["quantization"]["quant_algo"] not in (None, "W8A16"):
+            plain["quantization"]["quant_algo"] = None
+        else:
+            plain["trtkit"] |= {key: pretrained["trtkit"][key] for key in ("weights",)}
+        (scratch / "config.json").write_text(json.dumps(plain))
         for rank in range(pretrained["mapping"]["world_size"]):
             engine = self._model / f"rank{rank}.engine"
             if not engine.is_file():
