@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.kernel_bench import Bench, Case, Other, Pairs, Work, num_bytes
+from bench.gpu.kernel_bench import MAIN, Bench, Case, Other, Pairs, Work, num_bytes
 from trtkit.kernels import paged, ranking
 from trtkit.kernels.paged_batch import MAX_SPLITS
 
-ATTENTION_BOUND = 0.01
-"""Probabilities and outputs are rounded to bfloat16."""
-SCORE_BOUND = 0.02
-_CACHE_TYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+BOUNDS = {"fp16": 0.003, "fp8": 0.003, "bf16": 0.01}
+"""By the type of the cache: probabilities and outputs are rounded to the queries' 16 bits."""
+SCORE_BOUND = 0.003
+_CACHE_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 _MOST_COPIES = 96
 _SINKS = 4
 
@@ -26,7 +26,7 @@ def decode(bench: Bench, kind: str, rows: int, context: int) -> None:
     per_copy = rows * context * 2 * scale.kv_heads * scale.dim * _CACHE_TYPES[kind].itemsize
     copies = session.copies(per_copy, most=_MOST_COPIES)
     pools = batches(bench, kind, copies, [context] * rows)
-    queries = session.randn(rows, scale.heads, scale.dim, dtype=torch.bfloat16)
+    queries = session.randn(rows, scale.heads, scale.dim, dtype=_compute(kind))
     out, lse = torch.empty_like(queries), torch.empty(rows, scale.heads, device=session.device)
     scratch = workspace(bench, rows)
 
@@ -41,7 +41,7 @@ def decode(bench: Bench, kind: str, rows: int, context: int) -> None:
         )
         return [(out, torch.cat(expected)), (lse, torch.cat(normal))]
 
-    contiguous = _contiguous(pools[: min(copies, 8)], [context] * rows)
+    contiguous = _contiguous(pools[: min(copies, 8)], [context] * rows, queries.dtype)
 
     def torchs(index: int) -> Tensor:
         keys, values = contiguous[index % len(contiguous)]
@@ -51,12 +51,12 @@ def decode(bench: Bench, kind: str, rows: int, context: int) -> None:
         Case(
             family="paged", name=f"decode attention, {kind} cache", dtype=kind,
             shape={"B": rows, "N": context, "Hq": scale.heads, "H": scale.kv_heads, "D": scale.dim},
-            call=call, check=check, copies=copies, bound=ATTENTION_BOUND,
+            call=call, check=check, copies=copies, bound=BOUNDS[kind],
             work=Work(
                 bytes_moved=per_copy + num_bytes(queries, out, lse),
                 flops=4.0 * rows * scale.heads * scale.dim * context,
             ),
-            other=Other(name="SDPA over contiguous bf16", call=torchs),
+            other=Other(name="SDPA over contiguous 16 bits", call=torchs),
         )
     )  # fmt: skip
 
@@ -66,7 +66,7 @@ def prefill(bench: Bench, kind: str, count: int, cached: int) -> None:
     session, scale = bench.session, bench.scale
     length = cached + count
     batch = batches(bench, kind, 1, [length])[0]
-    queries = session.randn(count, scale.heads, scale.dim, dtype=torch.bfloat16)
+    queries = session.randn(count, scale.heads, scale.dim, dtype=_compute(kind))
     starts = torch.tensor([0, count], dtype=torch.int32, device=session.device)
     before = torch.tensor([cached], dtype=torch.int32, device=session.device)
     out, lse = torch.empty_like(queries), torch.empty(count, scale.heads, device=session.device)
@@ -79,13 +79,13 @@ def prefill(bench: Bench, kind: str, count: int, cached: int) -> None:
         expected, normal = dense_attention(queries, batch, 0, cached)
         return [(out, expected), (lse, normal)]
 
-    keys, values = _contiguous([batch], [length])[0]
+    keys, values = _contiguous([batch], [length], queries.dtype)[0]
     pairs = count * cached + count * (count + 1) / 2
     bench.measure(
         Case(
             family="paged", name=f"prefill attention, {kind} cache", dtype=kind,
             shape={"R": count, "N": length, "Hq": scale.heads, "H": scale.kv_heads, "D": scale.dim},
-            call=call, check=check, bound=ATTENTION_BOUND,
+            call=call, check=check, bound=BOUNDS[kind],
             work=Work(
                 bytes_moved=length * 2 * scale.kv_heads * scale.dim * _CACHE_TYPES[kind].itemsize
                 + num_bytes(queries, out, lse),
@@ -101,7 +101,7 @@ def score(bench: Bench) -> None:
     session, scale = bench.session, bench.scale
     length, asked = scale.budget + scale.interval, scale.interval
     storage, table = _storage(bench, length)
-    queries = session.randn(scale.layers, asked, scale.heads, scale.dim, dtype=torch.bfloat16)
+    queries = session.randn(scale.layers, asked, scale.heads, scale.dim, dtype=MAIN)
     positions = torch.arange(length, device=session.device, dtype=torch.int32).expand(scale.layers, scale.kv_heads, -1)
     positions = positions.contiguous()
     query_positions = torch.arange(length - asked, length, device=session.device, dtype=torch.int32)
@@ -128,7 +128,7 @@ def score(bench: Bench) -> None:
 
     bench.measure(
         Case(
-            family="paged", name="score of one round, all layers", dtype="bf16",
+            family="paged", name="score of one round, all layers", dtype="fp16",
             shape={"L": scale.layers, "R": asked, "N": length, "Hq": scale.heads, "D": scale.dim},
             call=call, check=check, bound=SCORE_BOUND,
             work=Work(
@@ -192,7 +192,7 @@ def compact(bench: Bench) -> None:
     per_move = 2 * (2 * scale.dim * storage.element_size() + 8)
     bench.measure(
         Case(
-            family="paged", name="compaction of one round, all layers", dtype="bf16",
+            family="paged", name="compaction of one round, all layers", dtype="fp16",
             shape={"L": scale.layers, "N": length, "kept": kept, "moves": moves},
             call=call, check=check, bound=0.0, reference="torch twin, exact",
             work=Work(bytes_moved=num_bytes(keep) + moves * per_move),
@@ -200,6 +200,11 @@ def compact(bench: Bench) -> None:
             note="torch's way timed for keys alone: twice that is fair",
         )
     )  # fmt: skip
+
+
+def _compute(kind: str) -> torch.dtype:
+    """What queries are in beside a cache of `kind`."""
+    return torch.bfloat16 if kind == "bf16" else MAIN
 
 
 def workspace(bench: Bench, rows: int) -> paged.DecodeWorkspace:
@@ -230,11 +235,11 @@ def _gathered(batch: paged.PagedBatch, row: int, length: int) -> Tensor:
     return found.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
 
 
-def _contiguous(batches: list[paged.PagedBatch], lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """The same keys and values as torch wants them, [B, H, N, D] in bfloat16."""
+def _contiguous(batches: list[paged.PagedBatch], lengths: list[int], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The same keys and values as torch wants them, [B, H, N, D] in `dtype`."""
     found = []
     for batch in batches:
-        rows = [_gathered(batch, row, length).to(torch.bfloat16) for row, length in enumerate(lengths)]
+        rows = [_gathered(batch, row, length).to(dtype) for row, length in enumerate(lengths)]
         both = torch.stack(rows, dim=1)
         found.append((both[0].contiguous(), both[1].contiguous()))
     return found
@@ -260,7 +265,7 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor, cached: int) -> Other
     rows = queries.transpose(0, 1)[None].contiguous()
     if cached == 0:
         return Other(
-            name="SDPA, causal, over contiguous bf16",
+            name="SDPA, causal, over contiguous 16 bits",
             call=lambda _: F.scaled_dot_product_attention(rows, keys, values, is_causal=True, enable_gqa=True),
         )
     from torch.nn.attention.bias import causal_lower_right
@@ -278,7 +283,7 @@ def _storage(bench: Bench, length: int) -> tuple[Tensor, Tensor]:
     """All layers' caches with room for one sequence, and its shuffled table."""
     session, scale = bench.session, bench.scale
     columns = math.ceil(length / scale.block)
-    storage = session.randn(scale.layers, columns + 1, 2, scale.kv_heads, scale.block, scale.dim, dtype=torch.bfloat16)
+    storage = session.randn(scale.layers, columns + 1, 2, scale.kv_heads, scale.block, scale.dim, dtype=MAIN)
     table = torch.randperm(columns + 1, device=session.device, generator=session.generator)[:columns]
     return storage, table.to(torch.int32)
 

@@ -21,6 +21,11 @@ from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
 
 GRAPH_NODE_S = "graph_node_s"
+COMPUTE = {"int8": torch.float16, "fp16": torch.float16, "fp8": torch.bfloat16, "bf16": torch.bfloat16}
+"""What the engine computes in, by the type of the weights; the names of `trtkit build --precision`'s defaults."""
+
+MAIN = torch.float16
+"""What the INT8 rows compute in, and therefore what kernels without weights are measured in."""
 Pairs = Sequence[tuple[Tensor, Tensor]]
 """What came out beside what should have."""
 

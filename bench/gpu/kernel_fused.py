@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.kernel_bench import Bench, Case, Other, Pairs, Work, num_bytes
+from bench.gpu.kernel_bench import MAIN, Bench, Case, Other, Pairs, Work, num_bytes
 from trtkit.kernels import fused, sampling
 
-BOUND = 0.006
-"""Two or three roundings to bfloat16."""
+BOUND = 0.001
+"""Two or three roundings to 16 bits."""
 _FP8_BOUND = 0.04
 _EPSILON = 1e-5
 _POSITIONS = 8192
@@ -20,9 +20,9 @@ def norm(bench: Bench, tokens: int) -> None:
     """Residual addition and root-mean-square norm."""
     session, width = bench.session, bench.scale.hidden
     copies = _copies(bench, tokens * width * 2 * 3)
-    deltas = [session.randn(tokens, width, dtype=torch.bfloat16, scale=0.01) for _ in range(copies)]
-    residuals = [session.randn(tokens, width, dtype=torch.bfloat16) for _ in range(copies)]
-    weight = session.randn(width, dtype=torch.bfloat16)
+    deltas = [session.randn(tokens, width, dtype=MAIN, scale=0.01) for _ in range(copies)]
+    residuals = [session.randn(tokens, width, dtype=MAIN) for _ in range(copies)]
+    weight = session.randn(width, dtype=MAIN)
     out = torch.empty_like(deltas[0])
 
     def call(index: int) -> Tensor:
@@ -41,7 +41,7 @@ def norm(bench: Bench, tokens: int) -> None:
 
     bench.measure(
         Case(
-            family="fused", name="add and norm", shape={"T": tokens, "E": width}, dtype="bf16", call=call,
+            family="fused", name="add and norm", shape={"T": tokens, "E": width}, dtype="fp16", call=call,
             check=check, bound=BOUND, copies=copies, work=Work(bytes_moved=4 * num_bytes(out) + num_bytes(weight)),
             other=Other(name="add_, F.rms_norm", call=torchs),
         )
@@ -52,8 +52,8 @@ def activation(bench: Bench, tokens: int) -> None:
     """SiLU of the gate times up."""
     session, width = bench.session, bench.scale.intermediate
     copies = _copies(bench, tokens * width * 2 * 3)
-    both = [session.randn(tokens, 2 * width, dtype=torch.bfloat16) for _ in range(copies)]
-    out = torch.empty(tokens, width, dtype=torch.bfloat16, device=session.device)
+    both = [session.randn(tokens, 2 * width, dtype=MAIN) for _ in range(copies)]
+    out = torch.empty(tokens, width, dtype=MAIN, device=session.device)
 
     def check() -> Pairs:
         gate, up = both[0].double().chunk(2, dim=-1)
@@ -65,7 +65,7 @@ def activation(bench: Bench, tokens: int) -> None:
 
     bench.measure(
         Case(
-            family="fused", name="SiLU times up", shape={"T": tokens, "I": width}, dtype="bf16",
+            family="fused", name="SiLU times up", shape={"T": tokens, "I": width}, dtype="fp16",
             call=lambda index: fused.silu_mul(both[index % copies], out=out), check=check, bound=BOUND,
             copies=copies, work=Work(bytes_moved=3 * num_bytes(out)), other=Other(name="F.silu, mul", call=torchs),
         )
@@ -77,17 +77,17 @@ def rotation(bench: Bench, tokens: int, *, fp8: bool = False) -> None:
     session, scale = bench.session, bench.scale
     heads, kv_heads, dim, size = scale.heads, scale.kv_heads, scale.dim, scale.block
     copies = _copies(bench, tokens * (2 * heads + 4 * kv_heads) * dim * 2)
-    projections = [session.randn(tokens, heads + 2 * kv_heads, dim, dtype=torch.bfloat16) for _ in range(copies)]
+    projections = [session.randn(tokens, heads + 2 * kv_heads, dim, dtype=MAIN) for _ in range(copies)]
     angles = session.randn(_POSITIONS, dim // 2)
-    cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+    cos, sin = angles.cos().to(MAIN), angles.sin().to(MAIN)
     positions = session.randint(0, _POSITIONS, (tokens,))
     blocks = -(-tokens // size)
-    kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    kind = torch.float8_e4m3fn if fp8 else MAIN
     cache = torch.zeros(blocks, 2, kv_heads, size, dim, dtype=kind, device=session.device)
     order = torch.randperm(blocks, device=session.device, generator=session.generator)
     tables, rows = order.to(torch.int32)[None].contiguous(), torch.zeros_like(positions)
     slots = torch.arange(tokens, dtype=torch.int32, device=session.device)
-    out = torch.empty(tokens, heads, dim, dtype=torch.bfloat16, device=session.device)
+    out = torch.empty(tokens, heads, dim, dtype=MAIN, device=session.device)
 
     def call(index: int) -> Tensor:
         return fused.rope_write(
@@ -114,7 +114,7 @@ def rotation(bench: Bench, tokens: int, *, fp8: bool = False) -> None:
     moved = num_bytes(projections[0], out) + tokens * (2 * kv_heads * dim * cache.element_size() + 2 * dim + 12)
     bench.measure(
         Case(
-            family="fused", name="rotate and write cache", dtype="fp8" if fp8 else "bf16",
+            family="fused", name="rotate and write cache", dtype="fp8" if fp8 else "fp16",
             shape={"T": tokens, "Hq": heads, "H": kv_heads, "D": dim}, call=call, check=check,
             bound=_FP8_BOUND if fp8 else BOUND, copies=copies, work=Work(bytes_moved=moved),
             other=None if fp8 else Other(name="index, mul, cat, index_put", call=torchs),
@@ -125,12 +125,12 @@ def rotation(bench: Bench, tokens: int, *, fp8: bool = False) -> None:
 def embedding(bench: Bench, tokens: int) -> None:
     """Rows of the embedding table."""
     session, scale = bench.session, bench.scale
-    table = session.randn(scale.vocab, scale.hidden, dtype=torch.bfloat16)
+    table = session.randn(scale.vocab, scale.hidden, dtype=MAIN)
     ids = session.randint(0, scale.vocab, (tokens,))
-    out = torch.empty(tokens, scale.hidden, dtype=torch.bfloat16, device=session.device)
+    out = torch.empty(tokens, scale.hidden, dtype=MAIN, device=session.device)
     bench.measure(
         Case(
-            family="fused", name="embedding", shape={"T": tokens, "E": scale.hidden}, dtype="bf16",
+            family="fused", name="embedding", shape={"T": tokens, "E": scale.hidden}, dtype="fp16",
             call=lambda _: fused.embed(ids, table, out=out),
             check=lambda: [(fused.embed(ids, table), table[ids.to(torch.int64)])], bound=0.0,
             reference="indexing, exact", work=Work(bytes_moved=2 * num_bytes(out) + num_bytes(ids)),
@@ -143,7 +143,7 @@ def greedy(bench: Bench, rows: int) -> None:
     """The largest logit of each row."""
     session, vocab = bench.session, bench.scale.vocab
     copies = _copies(bench, rows * vocab * 2)
-    logits = [session.randn(rows, vocab, dtype=torch.bfloat16) for _ in range(copies)]
+    logits = [session.randn(rows, vocab, dtype=MAIN) for _ in range(copies)]
     out = torch.empty(rows, dtype=torch.int32, device=session.device)
     workspace = torch.empty(sampling.workspace_size(rows, vocab), dtype=torch.int64, device=session.device)
 
@@ -155,7 +155,7 @@ def greedy(bench: Bench, rows: int) -> None:
 
     bench.measure(
         Case(
-            family="sampling", name="greedy", shape={"R": rows, "V": vocab}, dtype="bf16",
+            family="sampling", name="greedy", shape={"R": rows, "V": vocab}, dtype="fp16",
             call=lambda index: sampling.greedy(logits[index % copies], out=out, workspace=workspace), check=check,
             bound=0.0, copies=copies, reference="first of the largest, exact", work=Work(bytes_moved=rows * vocab * 2),
             other=Other(name="torch.argmax", call=lambda index: torch.argmax(logits[index % copies], dim=-1)),
@@ -167,7 +167,7 @@ def greedy(bench: Bench, rows: int) -> None:
 def drawing(bench: Bench, rows: int) -> None:
     """A token drawn for each row, by torch's sort; the check draws row by row in float64."""
     session, vocab = bench.session, bench.scale.vocab
-    logits = session.randn(rows, vocab, dtype=torch.bfloat16, scale=3.0)
+    logits = session.randn(rows, vocab, dtype=MAIN, scale=3.0)
     temperature = torch.full((rows,), 0.8, dtype=torch.float64, device=session.device)
     top_k = torch.full((rows,), 50, dtype=torch.int32, device=session.device)
     top_p = torch.full((rows,), 0.9, dtype=torch.float64, device=session.device)
@@ -182,7 +182,7 @@ def drawing(bench: Bench, rows: int) -> None:
 
     bench.measure(
         Case(
-            family="sampling", name="sampling, top-k and top-p", shape={"R": rows, "V": vocab}, dtype="bf16",
+            family="sampling", name="sampling, top-k and top-p", shape={"R": rows, "V": vocab}, dtype="fp16",
             call=call, check=check, bound=0.0, reference="row by row, exact",
             work=Work(bytes_moved=num_bytes(logits)), note="torch's own sort; no kernel of ours",
         )

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from bench.gpu import kernel_products
 from bench.gpu.kernel_attention import batches, dense_attention, workspace
-from bench.gpu.kernel_bench import Bench, Case, Pairs, Work, num_bytes
+from bench.gpu.kernel_bench import COMPUTE, Bench, Case, Pairs, Work, num_bytes
 from bench.gpu.kernel_fused import turned
 from trtkit.kernels import fused, matmul, paged
 
-BOUND = 0.02
-"""Nine kernels' roundings to bfloat16, one after the other."""
+BOUNDS = {"int8": 0.005, "fp8": 0.02, "bf16": 0.02}
+"""Nine kernels' roundings to 16 bits, one after the other."""
 _EPSILON = 1e-5
 _POSITIONS = 8192
 Weights = dict[str, tuple[Tensor, Tensor | None]]
@@ -23,21 +23,21 @@ def decode_layer(bench: Bench, kind: str, rows: int, context: int) -> None:
     """Norm, projection, rotation, attention, projection, norm, MLP for one token of `rows` sequences."""
     session, scale = bench.session, bench.scale
     shapes = {name: shape for name, shape in scale.matrices.items() if name != "lm_head"}
-    item = 2 if kind == "bf16" else 1
+    compute, item = COMPUTE[kind], 1 if kind in ("int8", "fp8") else 2
     copies = session.copies(sum(outputs * inputs for outputs, inputs in shapes.values()) * item)
     weights: list[Weights] = [
         {name: kernel_products.weight(bench, kind, *shape) for name, shape in shapes.items()} for _ in range(copies)
     ]
     # Sequences end one slot before their blocks do: the new token's key and value go there.
-    paged_batches = batches(bench, "bf16", copies, [context] * rows)
-    norms = [session.randn(scale.hidden, dtype=torch.bfloat16) for _ in range(2)]
+    paged_batches = batches(bench, "bf16" if kind in ("fp8", "bf16") else "fp16", copies, [context] * rows)
+    norms = [session.randn(scale.hidden, dtype=compute) for _ in range(2)]
     angles = session.randn(_POSITIONS, scale.dim // 2)
-    cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+    cos, sin = angles.cos().to(compute), angles.sin().to(compute)
     positions = session.randint(0, _POSITIONS, (rows,))
     slots = torch.full((rows,), context - 1, dtype=torch.int32, device=session.device)
     scratch = workspace(bench, rows)
-    start = session.randn(rows, scale.hidden, dtype=torch.bfloat16)
-    delta = session.randn(rows, scale.hidden, dtype=torch.bfloat16, scale=0.1)
+    start = session.randn(rows, scale.hidden, dtype=compute)
+    delta = session.randn(rows, scale.hidden, dtype=compute, scale=0.1)
 
     def run(index: int, residual: Tensor) -> Tensor:
         matrices, batch = weights[index % copies], paged_batches[index % copies]
@@ -78,7 +78,7 @@ def decode_layer(bench: Bench, kind: str, rows: int, context: int) -> None:
     bench.measure(
         Case(
             family="matmul", name=f"decode layer, {kind}", dtype=kind, shape={"B": rows, "N": context},
-            call=lambda index: run(index, residual), check=check, copies=copies, bound=BOUND,
+            call=lambda index: run(index, residual), check=check, copies=copies, bound=BOUNDS[kind],
             work=Work(
                 bytes_moved=held + pool,
                 flops=2.0 * rows * multiplied + 4.0 * rows * context * scale.heads * scale.dim,

@@ -8,26 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.kernel_bench import Bench, Case, Other, Pairs, Work, num_bytes
+from bench.gpu.kernel_bench import COMPUTE, Bench, Case, Other, Pairs, Work, num_bytes
 from trtkit.kernels import matmul
 from trtkit.spec.dtype import DType
 
-BOUNDS = {"bf16": 0.005, "int8": 0.006, "fp8": 0.006}
+BOUNDS = {"bf16": 0.005, "fp16": 0.002, "int8": 0.002, "fp8": 0.006}
 FP8_ACTIVATIONS_BOUND = 0.06
 """Three bits of mantissa: each activation is off by up to 1/16."""
 _CHANNELS_AT_ONCE = 8192
 
 
 def product(bench: Bench, kind: str, name: str, tokens: int) -> None:
-    """One matrix with weights of `kind` ("int8", "fp8", "bf16") for so many tokens."""
+    """One matrix with weights of `kind` ("int8", "fp8", "fp16", "bf16") for so many tokens."""
     session, (outputs, inputs) = bench.session, bench.scale.matrices[name]
-    item = 2 if kind == "bf16" else 1
+    compute, item = COMPUTE[kind], 1 if kind in ("int8", "fp8") else 2
     copies = session.copies(outputs * inputs * item)
     weights = [weight(bench, kind, outputs, inputs) for _ in range(copies)]
-    x_TI = session.randn(tokens, inputs, dtype=torch.bfloat16)
+    x_TI = session.randn(tokens, inputs, dtype=compute)
     quantises = kind == "fp8" and tokens > matmul.DECODE_ROWS
     run = matmul.fp8_linear if kind == "fp8" else matmul.linear
-    out = torch.empty(tokens, outputs, dtype=torch.bfloat16, device=session.device)
+    out = torch.empty(tokens, outputs, dtype=compute, device=session.device)
 
     def call(index: int) -> Tensor:
         weight_OI, scale_O = weights[index % copies]
@@ -91,11 +91,11 @@ def reference(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None) -> Tensor
 def weight(bench: Bench, kind: str, outputs: int, inputs: int) -> tuple[Tensor, Tensor | None]:
     """A fresh matrix of `kind` and its scales."""
     session = bench.session
-    if kind == "bf16":
-        return session.randn(outputs, inputs, dtype=torch.bfloat16, scale=1 / math.sqrt(inputs)), None
+    if kind not in ("int8", "fp8"):
+        return session.randn(outputs, inputs, dtype=COMPUTE[kind], scale=1 / math.sqrt(inputs)), None
     scale_O = session.randn(outputs, scale=0.1).exp_().div_(127 * math.sqrt(inputs))
     if kind == "int8":
-        return session.randint(-127, 128, (outputs, inputs), torch.int8), scale_O.to(torch.bfloat16)
+        return session.randint(-127, 128, (outputs, inputs), torch.int8), scale_O.to(COMPUTE[kind])
     weight_OI = session.randn(
         outputs, inputs, dtype=torch.float8_e4m3fn, scale=60.0
     )  # far from 448, where the cast would give NaN
@@ -104,7 +104,7 @@ def weight(bench: Bench, kind: str, outputs: int, inputs: int) -> tuple[Tensor, 
 
 def _torchs_way(x_TI: Tensor, weights: list[tuple[Tensor, Tensor | None]], kind: str) -> Other:
     copies = len(weights)
-    if kind == "bf16":
+    if kind not in ("int8", "fp8"):
         return Other(name="F.linear", call=lambda index: F.linear(x_TI, weights[index % copies][0]))
 
     def widened(index: int) -> Tensor:

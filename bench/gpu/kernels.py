@@ -67,13 +67,13 @@ def items(bench: Bench) -> list[Item]:
     for tokens in (few[0], few[-2], many[-1]):
         planned += _products(bench, "int8", tokens)
     planned += [item for rows in (scale.batches[0], scale.batches[-1]) for item in _layer(bench, "int8", rows)]
-    planned += _decode(bench, "bf16", scale.batches[-1], scale.contexts[-1])
-    planned += _decode(bench, "bf16", scale.batches[0], scale.contexts[0])
-    planned += _prefill(bench, "bf16")
+    planned += _decode(bench, "fp16", scale.batches[-1], scale.contexts[-1])
+    planned += _decode(bench, "fp16", scale.batches[0], scale.contexts[0])
+    planned += _prefill(bench, "fp16")
     planned += _round(bench)
     planned += _fused(bench)
     planned += [item for tokens in (many[-1], few[0], few[-2]) for item in _products(bench, "fp8", tokens)]
-    for kind in ("bf16", "fp8"):
+    for kind in ("fp16", "fp8"):
         for rows in scale.batches:
             for context in scale.contexts:
                 planned += _decode(bench, kind, rows, context)
@@ -81,6 +81,7 @@ def items(bench: Bench) -> list[Item]:
         for tokens in scale.tokens:
             planned += _products(bench, kind, tokens)
     planned += _prefill(bench, "fp8")
+    planned += _decode(bench, "bf16", scale.batches[-1], scale.contexts[-1]) + _prefill(bench, "bf16")
     planned += [item for kind in ("fp8", "bf16") for rows in scale.batches for item in _layer(bench, kind, rows)]
     return list({item[0]: item for item in planned}.values())
 
@@ -96,8 +97,9 @@ def _products(bench: Bench, kind: str, tokens: int) -> list[Item]:
         inputs = bench.scale.hidden
         found.append((f"quantise T={tokens}", 1.0, partial(kernel_products.quantise_rows, bench, tokens, inputs)))
     if tokens <= 64:
-        head = partial(kernel_products.product, bench, "bf16", "lm_head", tokens)
-        found.append((f"bf16 lm_head T={tokens}", 3.0, head))
+        wide = "fp16" if kind == "int8" else "bf16"
+        head = partial(kernel_products.product, bench, wide, "lm_head", tokens)
+        found.append((f"{wide} lm_head T={tokens}", 3.0, head))
     return found
 
 
