@@ -1,18 +1,21 @@
 """Which implementation runs: the Triton kernel on CUDA, its torch twin elsewhere and wherever a kernel was switched off.
 
-A family is one module of kernels (`matmul`, `fused`, `paged`, `ranking`). The self-check of `trtkit.kernels.selfcheck`
-switches a family off when it disagrees with its twin on the device at hand; the reason is kept and reported.
+A family is one module of kernels. The self-check of `trtkit.kernels.selfcheck` switches a family off when it is wrong on
+the device at hand; so does the environment variable TRTKIT_KERNELS_OFF ("paged,ranking"). The reason is kept and
+reported.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from functools import cache
 
 import torch
 from torch import Tensor
 
-FAMILIES = ("matmul", "fused", "paged", "ranking")
+FAMILIES = ("matmul", "fused", "sampling", "paged", "ranking")
+SWITCH = "TRTKIT_KERNELS_OFF"
 _ASSUMED_MULTIPROCESSORS = 132
 """Of an H100 SXM: what grids are sized for where no GPU can be asked (compile tests, the interpreter)."""
 
@@ -53,4 +56,5 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @cache
 def _switched_off() -> dict[str, str]:
-    return {}
+    named = os.environ.get(SWITCH, "").replace(",", " ").split()
+    return dict.fromkeys(named, f"switched off by {SWITCH}")

@@ -57,28 +57,49 @@ def linear(
     return _widened(x_TI, weight_OI, scale_O, bias_O, out)
 
 
-def fused_linear(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, out: Tensor) -> Tensor:
-    """One pass over the weight as it is stored, for any number of tokens."""
+def fused_linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    scale_O: Tensor | None,
+    bias_O: Tensor | None,
+    out: Tensor,
+    *,
+    tile: Tile | None = None,
+) -> Tensor:
+    """One pass over the weight as it is stored, for any number of tokens; `tile` instead of the quickest one."""
     tokens, (outputs, inputs) = x_TI.shape[0], weight_OI.shape
     if x_TI.stride(1) != 1:
         x_TI = x_TI.contiguous()
     kind, bits = _kind(weight_OI)
     width, item = token_width(tokens), bits.element_size()
     multiprocessors = num_multiprocessors(x_TI.device)
-    room = partial_elements(_candidates(width, item), tokens, (outputs, inputs), item, multiprocessors)
+    room = partial_elements(candidates(width, item), tokens, (outputs, inputs), item, multiprocessors)
     partial = torch.empty(room, dtype=torch.float32, device=x_TI.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        tile = Tile(outputs=meta["BO"], inputs=meta["BI"], stages=meta["STAGES"], warps=meta["WARPS"])
-        tiles = num_tiles(tile, width, tokens, outputs)
-        return tiles, num_pieces(tile, width, tiles, inputs, item, multiprocessors)
+        chosen = Tile(outputs=meta["BO"], inputs=meta["BI"], stages=meta["STAGES"], warps=meta["WARPS"])
+        tiles = num_tiles(chosen, width, tokens, outputs)
+        return tiles, num_pieces(chosen, width, tiles, inputs, item, multiprocessors)
 
-    _linear[grid](
+    kernel, fixed = (_linear, {}) if tile is None else (_linear.fn, _configuration(tile).all_kwargs())
+    kernel[grid](
         x_TI, bits, scale_O, bias_O, out, partial, _counters(x_TI.device), tokens, outputs, inputs,
-        x_TI.stride(0), out.stride(0),
-        KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=bias_O is not None, BT=width, LEFT=width >= 64 and item == 1, ASM=not INTERPRETED,
+        x_TI.stride(0), out.stride(0), KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=bias_O is not None,
+        BT=width, LEFT=width >= 64 and item == 1, ASM=not INTERPRETED, **fixed,
     )  # fmt: skip
     return out
+
+
+def candidates(width: int, item: int) -> tuple[Tile, ...]:
+    """Tiles that may run for a width of the tokens and size of a weight's element."""
+    if INTERPRETED:
+        return (_INTERPRETED_TILE,)
+    return tuple(tile for tile in tiles_for(width, item) if (width, tile) not in _rejected())
+
+
+def reject(width: int, tile: Tile) -> None:
+    """Never choose `tile` again in this process, because it failed or was wrong; the others stay."""
+    _rejected().add((width, tile))
 
 
 def fp8_linear(
@@ -145,10 +166,6 @@ def _kind(weight_OI: Tensor) -> tuple[str, Tensor]:
     return "plain", weight_OI
 
 
-def _candidates(width: int, item: int) -> tuple[Tile, ...]:
-    return (_INTERPRETED_TILE,) if INTERPRETED else tiles_for(width, item)
-
-
 def _configuration(tile: Tile) -> triton.Config:
     registers = _SMALL_PROGRAM_REGISTERS if tile.warps == 2 else None
     shape = {"BO": tile.outputs, "BI": tile.inputs, "STAGES": tile.stages, "WARPS": tile.warps}
@@ -162,12 +179,17 @@ def _configurations() -> list[triton.Config]:
 
 
 def _prune(_: list[triton.Config], named: dict[str, Any], **keywords: Any) -> list[triton.Config]:
-    return [_configuration(tile) for tile in tiles_for(keywords["BT"], named["weight"].element_size())]
+    return [_configuration(tile) for tile in candidates(keywords["BT"], named["weight"].element_size())]
 
 
 def _bench(call: Any, quantiles: Any) -> Any:
     """Short: kernels take tens of microseconds, and there are dozens of shapes to choose for."""
     return triton.testing.do_bench(call, warmup=3, rep=15, quantiles=quantiles)
+
+
+@cache
+def _rejected() -> set[tuple[int, Tile]]:
+    return set()
 
 
 @cache
@@ -183,7 +205,7 @@ def _counters(device: torch.device) -> Tensor:
     do_bench=_bench,
 )
 @triton.heuristics({"EVEN": lambda named: named["I"] % named["BI"] == 0})
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _linear(
     x, weight, scale, bias, out, partial, counters, T, O, I, stride_x, stride_out,
     KIND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, LEFT: tl.constexpr,

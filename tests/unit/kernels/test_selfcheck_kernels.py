@@ -1,0 +1,73 @@
+"""The start-up check over the Triton kernels themselves, in Triton's interpreter, through the public functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+
+from trtkit.kernels import check_matmul, dispatch, fused, matmul, paged, ranking, sampling, slots
+from trtkit.kernels.selfcheck import CheckShape, self_check
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
+
+from trtkit.kernels import triton_matmul
+
+SHAPE = CheckShape(
+    dtype=torch.float16, kv_dtype=torch.float16, weight_dtypes=(torch.int8, torch.float8_e4m3fn, torch.float16),
+    num_heads=8, num_kv_heads=2, head_dim=64, hidden_size=256, intermediate_size=512, vocab_size=1000,
+    tokens_per_block=16,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def kernels_instead_of_twins(monkeypatch):
+    for module in (check_matmul, fused, matmul, paged, ranking, sampling, slots):
+        monkeypatch.setattr(module, "use_triton", lambda *_: True)
+    monkeypatch.setattr(check_matmul, "_INPUTS", 512)
+    monkeypatch.setattr(check_matmul, "_OUTPUTS", 48)
+    yield
+    triton_matmul._rejected().clear()
+    for family in dispatch.disabled():
+        dispatch.enable(family)
+
+
+@pytest.mark.parametrize("family", [family for family in dispatch.FAMILIES if family != "paged"])
+def test_kernels_of_a_family_pass(family):
+    rows = self_check(torch.device("cpu"), SHAPE, families=[family])
+    assert rows
+    assert [row for row in rows if not row.ok] == []
+
+
+def test_a_wrong_tile_is_rejected_and_the_family_stays_while_another_is_left(monkeypatch):
+    """The interpreter knows one tile; here there seem to be two, of which the first is wrong."""
+    only = triton_matmul._INTERPRETED_TILE
+    wrong = matmul_tile(outputs=16)
+
+    def tiles(width, _):
+        return tuple(tile for tile in (wrong, only) if (width, tile) not in triton_matmul._rejected())
+
+    right = triton_matmul.fused_linear
+
+    def product(*arguments, tile=None):
+        out = right(*arguments, tile=only)
+        return out.mul_(1.1) if tile == wrong else out
+
+    monkeypatch.setattr(triton_matmul, "candidates", tiles)
+    monkeypatch.setattr(triton_matmul, "fused_linear", product)
+    rows = self_check(torch.device("cpu"), SHAPE, families=["matmul"])
+    assert [row.name for row in rows if not row.ok and "16 x 64" not in row.name] == []
+    assert len([row for row in rows if not row.ok]) == 4, "a tile is given up once for every width"
+    assert not dispatch.disabled()
+    assert tiles(16, 1) == (only,)
+
+
+def matmul_tile(*, outputs):
+    return triton_matmul.Tile(outputs=outputs, inputs=64, stages=1, warps=4)

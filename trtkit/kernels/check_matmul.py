@@ -1,0 +1,134 @@
+"""Checks of the matrix products, every tile that may be chosen at warm-up among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trtkit.kernels import matmul
+from trtkit.kernels.dispatch import use_triton
+from trtkit.kernels.matmul_tiles import FUSED_ROWS, WIDTHS, Tile
+from trtkit.kernels.selfcheck import Answers, Check, CheckShape, Draws
+
+BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
+"""A few roundings of the type: accumulation is fp32."""
+
+_OUTPUTS, _INPUTS = 512, 4096
+"""Few channels and a long sum, so that it is cut in pieces as a small matrix of a large model is."""
+
+_FP8_BOUND = 0.02
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
+
+
+def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
+    """Products of each weight type, for each width of the tokens."""
+    bound = BOUNDS[shape.dtype]
+    for weight_type in shape.weight_dtypes:
+        name = str(weight_type).removeprefix("torch.")
+        most = max(WIDTHS) if weight_type in _QUANTISED else matmul.DECODE_ROWS
+        for width in WIDTHS:
+            if width <= most:
+                yield from _widths(device, shape, weight_type, width)
+        many = partial(_product, device, shape, weight_type, FUSED_ROWS + 88)
+        yield Check(family="matmul", name=f"{name}, many tokens", bound=bound, run=many)
+        if weight_type in _QUANTISED:
+            yield Check(
+                family="matmul", name=f"{name}, every byte", bound=0.0, run=partial(_bytes, device, shape, weight_type)
+            )
+    if torch.float8_e4m3fn in shape.weight_dtypes:
+        yield Check(family="matmul", name="rows to fp8", bound=0.04, run=partial(_rows, device, shape))
+        yield Check(family="matmul", name="fp8 by fp8", bound=_FP8_BOUND, run=partial(_fp8, device, shape))
+
+
+def _widths(device: torch.device, shape: CheckShape, weight_type: torch.dtype, width: int) -> Iterator[Check]:
+    name, bound = str(weight_type).removeprefix("torch."), BOUNDS[shape.dtype]
+    tokens = width - 3 if width > min(WIDTHS) else 1
+    if not use_triton(torch.empty(0, device=device), matmul.FAMILY) or shape.dtype is torch.float32:
+        run = partial(_product, device, shape, weight_type, tokens)
+        yield Check(family="matmul", name=f"{name}, {tokens} tokens", bound=bound, run=run)
+        return
+    from trtkit.kernels import triton_matmul
+
+    item = weight_type.itemsize
+    for tile in triton_matmul.candidates(width, item):
+        yield Check(
+            family="matmul",
+            name=f"{name}, {tokens} tokens, {tile.outputs} x {tile.inputs} in {tile.stages} stages, {tile.warps} warps",
+            bound=bound,
+            run=partial(_product, device, shape, weight_type, tokens, tile=tile),
+            on_failure=partial(_give_up, width, item, tile),
+        )
+
+
+def _give_up(width: int, item: int, tile: Tile) -> bool:
+    """Reject one tile; whether any is left."""
+    from trtkit.kernels import triton_matmul
+
+    triton_matmul.reject(width, tile)
+    return bool(triton_matmul.candidates(width, item))
+
+
+def _product(
+    device: torch.device, shape: CheckShape, weight_type: torch.dtype, tokens: int, *, tile: Tile | None = None
+) -> Answers:
+    x, weight, scale = _problem(Draws(device), shape, weight_type, tokens)
+    bias = Draws(device, 1).normal(_OUTPUTS, dtype=shape.dtype)
+    expected = x.double() @ _wide(weight).T
+    expected = (expected if scale is None else expected * scale.double()) + bias.double()
+    if tile is None:
+        yield matmul.linear(x, weight, scale, bias), expected
+        return
+    from trtkit.kernels import triton_matmul
+
+    for _ in range(2):  # the second time finds what the first left behind
+        out = torch.full((tokens, _OUTPUTS), torch.nan, dtype=shape.dtype, device=device)
+        yield triton_matmul.fused_linear(x, weight, scale, bias, out, tile=tile), expected
+
+
+def _bytes(device: torch.device, shape: CheckShape, weight_type: torch.dtype) -> Answers:
+    """Rows of the unit matrix read single weights, whose 256 values must come out exactly."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2, 1)
+    if weight_type is torch.float8_e4m3fn:
+        codes[codes % 128 == 127] = 0  # NaN, which no weight is
+    weight = codes.to(device).view(weight_type)
+    ones = torch.ones(2, dtype=shape.dtype, device=device)
+    for rows in (16, 64, 256, FUSED_ROWS + 256):
+        unit = torch.eye(256, dtype=shape.dtype, device=device).repeat(-(-rows // 256), 1)[:rows]
+        yield matmul.linear(unit, weight, ones), (unit.double() @ _wide(weight).T)
+
+
+def _rows(device: torch.device, shape: CheckShape) -> Answers:
+    x = Draws(device).normal(5, shape.hidden_size, dtype=shape.dtype)
+    x[1] *= 1e-3
+    x[4] = 0
+    quantised, scale = matmul.quantise_rows_fp8(x)
+    top = x.double().abs().amax(1, keepdim=True)
+    yield scale[:4], top[:4] / matmul.FP8_MAX
+    for row in range(5):
+        yield quantised[row].to(torch.float32) * scale[row], x[row].double()
+
+
+def _fp8(device: torch.device, shape: CheckShape) -> Answers:
+    x, weight, scale = _problem(Draws(device), shape, torch.float8_e4m3fn, matmul.DECODE_ROWS + 21)
+    assert scale is not None
+    yield matmul.fp8_linear(x, weight, scale), matmul.fp8_linear_twin(x, weight, scale)
+
+
+def _problem(
+    draws: Draws, shape: CheckShape, weight_type: torch.dtype, tokens: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = draws.normal(tokens, _INPUTS, dtype=shape.dtype)
+    scale = ((draws.uniform(_OUTPUTS) + 0.5) / 128).to(shape.dtype)
+    if weight_type is torch.int8:
+        return x, draws.integers(-127, 128, _OUTPUTS, _INPUTS, dtype=torch.int8), scale
+    drawn = draws.normal(_OUTPUTS, _INPUTS)
+    if weight_type is torch.float8_e4m3fn:
+        return x, (drawn * 100).clamp(-448, 448).to(weight_type), scale
+    return x, drawn.to(shape.dtype), None
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.float32).to(torch.float64)
