@@ -1,0 +1,131 @@
+"""H2O's GPU benchmark, rehearsed: every item runs, no rate is told, and the replayed scheduler counts what an engine does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.gpu import h2o
+from bench.gpu.h2o_runs import InFlight, Paced, Setup, replay_load, requests_of, run_load
+from trtkit.engine.dummy import dummy_weights
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import EngineError
+from trtkit.spec.measured import Source
+from trtkit.spec.quant import quant_for
+
+ROOT = Path(__file__).parents[2]
+SCALE = h2o.rehearsal_scale()
+
+
+@pytest.fixture(scope="module")
+def setup():
+    quant = quant_for("int8", compute=DType.FP32)
+    return Setup(weights=dummy_weights(SCALE.model, quant), kv_dtype=quant.kv, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    out = tmp_path_factory.mktemp("h2o") / "h2o.json"
+    command = [sys.executable, str(ROOT / "bench/gpu/h2o.py"), "--out", str(out), "--rehearse", "--seed", "7"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=out.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())["data"], done.stdout
+
+
+def test_every_item_of_a_rehearsal_runs_and_tells_no_rate(record):
+    data, said = record
+    assert data["complete"]
+    assert data["rehearsal"]
+    assert not data["notes"]
+    items = [(row["item"], row["variant"] == "full") for row in data["rows"]]
+    assert len(items) == len(set(items)) == 8
+    assert not [key for row in data["rows"] for key in row["values"] if key.endswith("_ms") or key == "over_full"]
+    assert " ms" not in said
+
+
+def test_half_the_cache_holds_half_the_tokens_of_an_equal_request_and_as_many_at_equal_length(record):
+    values = {(row["item"], row["variant"] == "full"): row["values"] for row in record[0]["rows"]}
+
+    def held(item, full):
+        return values[item, full]["held"]["value"]
+
+    assert held("equal live length", True) == pytest.approx(held("equal live length", False), abs=4)
+    assert held("equal request", False) == pytest.approx(SCALE.budget + SCALE.interval / 2, abs=4)
+    assert held("equal request", True) > SCALE.isl
+    assert values["equal request", False]["evictions"]["value"] > 4
+    assert values["equal request", True]["evictions"]["value"] == 0
+
+
+def test_the_replayed_load_counts_what_the_engine_ran(record):
+    for row in record[0]["rows"]:
+        if row["item"] == "in flight":
+            assert row["values"]["in_flight"]["value"] == row["values"]["replay_in_flight"]["value"] > 1
+            assert row["values"]["in_flight_whole_load"]["source"] == Source.MODELED.value
+
+
+@pytest.mark.parametrize("kv", ["full", SCALE.half, "h2o:20,interval=4"])
+@pytest.mark.parametrize("blocks", [45, 80])
+def test_a_replay_equals_a_run_step_by_step_under_pressure_too(setup, kv, blocks):
+    limits = SCALE.limits
+    requests = requests_of(SCALE.model, 6, 70, 30, np.random.default_rng(0))
+    with torch.inference_mode():
+        engine = setup.open(kv, limits, blocks)
+        ran = run_load(engine, requests, float("inf"))
+    assert engine.kv_stats().blocks_used == 0
+    replayed = replay_load(SCALE.model, kv, limits, blocks, [(70, 30)] * 6)
+    assert replayed == ran
+    assert ran.complete
+    assert ran.running
+    short = replay_load(SCALE.model, kv, limits, blocks, [(70, 30)] * 6, 9)
+    assert (short.steps, short.complete) == (9, False)
+
+
+def test_a_load_that_runs_out_of_time_says_so_and_leaves_nothing_running(setup):
+    with torch.inference_mode():
+        engine = setup.open("full", SCALE.limits, 80)
+        ran = run_load(engine, requests_of(SCALE.model, 6, 70, 30, np.random.default_rng(0)), 0.0)
+    assert not ran.complete
+    assert engine.kv_stats().blocks_used == 0
+
+
+def test_counting_past_the_end_of_a_request_is_refused(setup):
+    with torch.inference_mode():
+        engine = setup.open("full", SCALE.limits, 80)
+        paced = Paced(engine, requests_of(SCALE.model, 2, 20, 12, np.random.default_rng(0)))
+        assert len(paced.steps_ms(4)) == 4
+        with pytest.raises(EngineError, match="more output tokens"):
+            paced.steps_ms(8)
+
+
+def test_the_real_load_has_nearly_twice_as_many_requests_in_flight_with_rings_and_ledgers_paid_for():
+    scale = h2o.real_scale(None)
+    ledger = (scale.budget + scale.budget // 8) * scale.model.num_layers * scale.model.num_kv_heads * 8
+    ring = 16 * scale.model.num_layers * scale.model.num_heads * (scale.model.head_dim * 2 + 4)
+    block = 32 * 327_680
+    lengths = [(scale.isl, scale.osl)] * scale.load
+    full = replay_load(scale.model, "full", scale.limits, 868, lengths)
+    side = -(-scale.limits.max_batch_size * (ledger + ring) // block)
+    half = replay_load(scale.model, scale.half, scale.limits, 868 - side, lengths)
+    assert full.complete
+    assert half.complete
+    assert half.mean > 1.8 * full.mean
+    assert half.preemptions == 0
+
+
+def test_means_are_of_steps_in_which_somebody_waited():
+    assert InFlight(running=(2, 4), preemptions=0, steps=9, complete=True).mean == 3
+    assert InFlight(running=(), preemptions=0, steps=9, complete=True).mean is None
+
+
+def test_fewer_layers_change_nothing_else():
+    assert replace(h2o.real_scale(2), model=h2o.real_scale(None).model) == h2o.real_scale(None)
+    assert h2o.real_scale(2).model.num_layers == 2
