@@ -198,4 +198,4 @@ def _store_lse(
     tl.store(lse + sequence * HEADS * GROUP + column, natural, mask=lane < GROUP)
     if HAS_RING:
         place = tl.load(ring_index + sequence).to(tl.int64)
-        tl.store(ring_lse + place * (HEADS * GROUP) + column, natural, mask=(lane < GROUP) & (place >= 0))
+        tl.store(ring_lse + place * (HEADS * GROUP) + column, natural, mask=(lane < GROUP) & (lane * 0 + place >= 0))
