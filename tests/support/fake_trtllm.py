@@ -13,5 +13,5 @@ FAKES = TESTS / "fakes"
 def fake_environment(**knobs: str) -> dict[str, str]:
     """Variables to set: paths first, then the fakes' knobs (FAKE_GPUS, FAKE_TRTLLM_VERSION, ...)."""
     path = os.pathsep.join([str(FAKES / "bin"), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    python_path = os.pathsep.join([str(FAKES / "site"), str(TESTS.parent), str(TESTS.parent / "plugins" / "h2o")])
+    python_path = os.pathsep.join([str(FAKES / "site"), str(TESTS.parent), str(TESTS.parent / "plugins" / "h2o"), str(TESTS)])
     return {"PATH": path, "PYTHONPATH": python_path, **knobs}

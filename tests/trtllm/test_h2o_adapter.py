@@ -55,7 +55,7 @@ def test_the_adapter_serves_every_policy_it_is_tested_with():
     ("changes", "error", "line"),
     [
         ({"parallel": Parallelism(pp=2)}, UnsupportedError, "pipeline parallelism; use tp"),
-        ({"quant": quant_for("fp8", kv=DType.FP8)}, UnsupportedError, "scores 16-bit keys, the KV cache is fp8"),
+        ({"quant": quant_for("fp8", kv=DType.FP8)}, UnsupportedError, "scores keys of 16 bits, the KV cache is fp8"),
         (
             {"limits": limits(max_num_tokens=2048, enable_chunked_prefill=False)},
             UnsupportedError,

@@ -112,7 +112,7 @@ def prompt_in(session, request_id, count, first=0):
     """One piece of a prompt through the session's one layer; what is owed after it."""
     session.feed(request_id, first, count, NoPool())
     session.prefill(request_id, 0, torch.randn(count, 2, 4), torch.randn(count, 1, 4), NoPool())
-    return session.settle(request_id, NoPool())
+    return session.settle(request_id, None)
 
 
 def test_beginning_again_forgets_what_was_before():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fakes.trtllm_kv import v12 as fake
 from fakes.trtllm_kv.executor import Executor, LlmRequest, LlmRequestState, Ranks, build_v12
+from fakes.trtllm_kv.operator import AttentionOperator
 from support.dense_oracle import (
     DenseOracle,
     greedy_with_eviction,
@@ -452,6 +453,24 @@ def test_a_release_that_skips_the_prompt_hook_is_noticed(adapter, monkeypatch):
     monkeypatch.setattr(adapter.H2OTrtllmAttention, "sparse_kv_predict", lambda *_: (None, None))
     with pytest.raises(EngineError, match="0 of 2 layers"):
         runtime(adapter, H2O).run(LlmRequest(0, prompt_of(30), 5))
+
+
+@pytest.mark.parametrize(
+    ("skipped", "where"), [("every", "at the end of a prompt"), ("between", "between the chunks of a prompt")]
+)
+def test_an_operator_that_does_not_compact_is_noticed_the_first_time(adapter, monkeypatch, skipped, where):
+    """Nothing in Python tells whether it does after every chunk; the pool does."""
+    compact = AttentionOperator._compact
+
+    def lazy(self, metadata, *sparse):
+        last = int(metadata.kv_lens[0]) == 24 + 60 % 16
+        if skipped == "between" and last:
+            compact(self, metadata, *sparse)
+
+    monkeypatch.setattr(AttentionOperator, "_compact", lazy)
+    chunked = {"max_num_tokens": 16, "chunked": True} if skipped == "between" else {}
+    with pytest.raises(EngineError, match=f"did not move them, {where}"):
+        runtime(adapter, H2O, **chunked).run(LlmRequest(0, prompt_of(60), 5))
 
 
 def test_rows_of_warm_up_and_padding_leave_real_requests_alone(adapter):

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trtkit.spec.catalog import gpu_spec, load_catalog, model_preset
-from trtkit.spec.errors import MissingDependencyError, TrtkitError
+from trtkit.spec.errors import MissingDependencyError, TrtkitError, UnsupportedError
 from trtkit.spec.kv import KVFidelity, KVPolicySpec
 from trtkit.spec.plan import TARGETS, BuildPlan
 from trtkit.spec.quant import PRECISIONS
 from trtkit.spec.units import format_gib
-from trtkit.trtllm.capabilities import broken, unbuildable
+from trtkit.trtllm.capabilities import broken, kv_fidelity, unbuildable
 from trtkit.trtllm.installed import Device, Installation, ask, installation, visible_devices
 from trtkit.trtllm.policies import adapter_names
 from trtkit.trtllm.probe_child import NAMES
@@ -73,7 +73,7 @@ def diagnose(*, plugins: bool = False) -> Diagnosis:
         names=tuple(_name(name, found) for name in NAMES) if found.present else (),
         targets=targets,
         precisions={target: tuple(_precision(p, target, gpu) for p in PRECISIONS) for target in TARGETS},
-        kv={target: _kv(target) for target in TARGETS},
+        kv={target: _kv(target, found) for target in TARGETS},
         plugins={point.name: _plugin(point.value) for point in _probes()} if plugins else {},
     )
 
@@ -143,7 +143,7 @@ def _precision(precision: str, target: str, gpu: str | None) -> Finding:
     return Finding(name=precision, ok=reason is None, detail=reason or f"no known obstacle{where}")
 
 
-def _kv(target: str) -> tuple[Finding, ...]:
+def _kv(target: str, found: Installation) -> tuple[Finding, ...]:
     exact = Finding(name="full", ok=True, detail=KVFidelity.EXACT.value)
     if target == "embedded":
         return exact, Finding(name="eviction", ok=True, detail=f"{KVFidelity.EXACT.value}, any installed policy")
@@ -151,10 +151,15 @@ def _kv(target: str) -> tuple[Finding, ...]:
         detail = f"the runtime has no place for it; --allow-approximate gives {KVFidelity.WINDOW_ONLY.value}"
         return exact, Finding(name="eviction", ok=False, detail=detail)
     kinds = adapter_names()
-    plan = replace(_sample("fp16", target, None), kv=_EVICTING)
-    ok = plan.kv.kind in kinds
-    detail = f"adapters: {', '.join(kinds)}; ask --h2o whether this release has room" if ok else "no adapter installed"
-    return exact, Finding(name="eviction", ok=ok, detail=detail)
+    plan = replace(_sample("fp16", target, None), kv=_EVICTING, target_version=found.version)
+    if plan.kv.kind not in kinds:
+        return exact, Finding(name="eviction", ok=False, detail="no adapter installed")
+    try:
+        fidelity = kv_fidelity(plan, allow_approximate=False)
+    except UnsupportedError as error:
+        return exact, Finding(name="eviction", ok=False, detail=str(error).partition(": ")[2])
+    detail = f"{fidelity.value}, adapters: {', '.join(kinds)}; ask --h2o whether this release has room"
+    return exact, Finding(name="eviction", ok=True, detail=detail)
 
 
 def _probes() -> list[importlib.metadata.EntryPoint]:

@@ -145,6 +145,20 @@ def validate_kv_cache_compression_compatibility(config, kv_cache_config, spec_co
     raise ValueError(f"unknown compression algorithm {config.algorithm}")
 
 
+MOVED = {
+    f"{TORCH}.attention_backend": f"{TORCH}.attention",
+    f"{TORCH}.attention_backend.trtllm": f"{TORCH}.attention.backends.trtllm",
+    f"{TORCH}.pyexecutor.kv_cache_manager_v2": f"{TORCH}.pyexecutor.kv_cache.kv_cache_manager_v2",
+}
+
+
+def later_modules():
+    """As in the second half of 2026: the same names in other modules."""
+    contents = {MOVED.get(name, name): attributes for name, attributes in modules().items()}
+    contents |= {f"{TORCH}.attention.backends": {}, f"{TORCH}.pyexecutor.kv_cache": {}}
+    return dict(sorted(contents.items()))
+
+
 def modules():
     """Fresh classes where the adapter changes them: the arguments' union and attention's forward."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from support.fake_trtllm import fake_environment
@@ -76,6 +78,56 @@ def test_an_installation_without_a_gpu_runs_nothing_of_its_own(fake: pytest.Monk
 def test_a_device_is_found_in_the_catalog_by_what_it_is(name: str, mib: int, sm: int, expected: str | None) -> None:
     device = Device(index=0, uuid="", name=name, memory_bytes=mib * MIB, sm=sm, driver="")
     assert catalog_name(device) == expected
+
+
+MANAGER = "tensorrt_llm._torch.pyexecutor.resource_manager:KVCacheManager"
+
+
+def h2o(*arguments: str) -> dict[str, tuple[bool, str]]:
+    """The plugin's findings as the command's JSON gives them: name -> found, detail."""
+    result = CliRunner().invoke(build_app(requested={"doctor"}), ["doctor", "--h2o", "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["plugins"]["h2o"]
+    return {finding["name"]: (finding["ok"], finding["detail"]) for finding in found}
+
+
+def test_h2o_says_which_path_a_release_has_and_lists_every_name_it_leans_on(fake: pytest.MonkeyPatch) -> None:
+    found = h2o()
+    assert found["verdict"] == (
+        True, "runs through v12, sparse-attention hooks and the V1 KV cache manager (1.2.x); fidelity exact",
+    )  # fmt: skip
+    assert all(ok for name, (ok, _) in found.items() if name.startswith("v12 "))
+    assert found[f"v12 {MANAGER}.rewind_kv_cache"] == (True, "freeing blocks: found, takes request, rewind_len")
+    assert any(not ok for name, (ok, _) in found.items() if name.startswith("v13 "))
+
+
+def test_h2o_names_what_a_release_lacks(fake: pytest.MonkeyPatch) -> None:
+    fake.setenv("FAKE_TRTLLM_WITHOUT", f"{MANAGER}.rewind_kv_cache")
+    found = h2o()
+    ok, verdict = found["verdict"]
+    assert not ok
+    assert "has no room for H2O: freeing blocks: " in verdict
+    assert [name for name, (ok, _) in found.items() if name.startswith("v12 ") and not ok] == [
+        f"v12 {MANAGER}.rewind_kv_cache"
+    ]
+    assert "no   verdict: TensorRT-LLM 1.2.1 has no room for H2O" in render(diagnose(plugins=True))
+
+
+def test_a_release_that_pins_prompts_says_so(fake: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake.setenv("FAKE_TRTLLM_VERSION", "1.3.0")
+    fake.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], str(tmp_path)]))  # looked at once for each
+    assert h2o()["verdict"] == (
+        True, "runs through v13, KV cache compression manager (1.3 and later); the prompt is pinned; fidelity generated_only",
+    )  # fmt: skip
+    (eviction,) = [f for f in diagnose().kv["pytorch"] if f.name == "eviction"]
+    assert not eviction.ok
+    assert eviction.detail.startswith("TensorRT-LLM 1.3.0 can evict generated tokens only")
+
+
+def test_h2o_without_tensorrt_llm_is_one_line(bare: None) -> None:
+    found = h2o()
+    assert list(found) == ["verdict", "tensorrt_llm"]
+    assert "cannot be imported" in found["verdict"][1]
 
 
 def test_the_command_prints_json_and_its_exit_code_is_the_requirement(bare: None) -> None:

@@ -6,13 +6,14 @@ managers that came after; `probe` says which of the two this box allows. None of
 
 from trtkit_h2o.trtllm.adapter import ADAPTER
 from trtkit_h2o.trtllm.engine_backend import WindowLowering, lower_for_engine
-from trtkit_h2o.trtllm.install import h2o_llm_arguments, install
+from trtkit_h2o.trtllm.install import doctor_findings, h2o_llm_arguments, install
 from trtkit_h2o.trtllm.probe import Finding, probe_h2o, usable_path
 
 __all__ = [
     "ADAPTER",
     "Finding",
     "WindowLowering",
+    "doctor_findings",
     "h2o_llm_arguments",
     "install",
     "lower_for_engine",

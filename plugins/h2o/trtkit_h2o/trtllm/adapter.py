@@ -16,7 +16,7 @@ from trtkit_h2o.trtllm.install import h2o_llm_arguments
 from trtkit_h2o.trtllm.policies import RequestPolicies
 
 NO_EVICT, MAX_UTILIZATION = "GUARANTEED_NO_EVICT", "MAX_UTILIZATION"
-_KV_BITS = 16
+_LEAST_KV_BITS = 16
 
 
 class PagedAdapter:
@@ -103,8 +103,8 @@ def _refuse(plan: BuildPlan) -> None:
             "its executor updates a batch after the next has started under pipeline parallelism; use tp",
         ),
         (
-            plan.quant.kv.bits != _KV_BITS,
-            f"it scores 16-bit keys, the KV cache is {plan.quant.kv.value}; use a 16-bit one",
+            plan.quant.kv.bits < _LEAST_KV_BITS,
+            f"it scores keys of 16 bits, the KV cache is {plan.quant.kv.value}; use a 16-bit one",
         ),
         (
             window is not None and window < limits.max_seq_len,

@@ -8,7 +8,7 @@ from typing import Any
 
 from trtkit.spec.errors import MissingDependencyError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVPolicySpec
-from trtkit_h2o.trtllm.probe import PATHS, V12, V13, Finding, probe_h2o, usable_path
+from trtkit_h2o.trtllm.probe import DESCRIPTIONS, FIDELITIES, PATHS, V12, V13, Finding, probe_h2o, usable_path
 
 _CAN = {
     V12: "carries the policy out in full and pins no prompt",
@@ -34,6 +34,18 @@ def install() -> str:
         raise _why_not(findings)
     importlib.import_module(f"trtkit_h2o.trtllm.{path}").register()
     return path
+
+
+def doctor_findings() -> list[Finding]:
+    """The verdict first, then everything that was looked at: what `trtkit doctor --h2o` shows."""
+    findings = probe_h2o()
+    path = usable_path(findings)
+    if path is None:
+        verdict = Finding(path="", name="verdict", ok=False, detail=str(_why_not(findings)))
+    else:
+        detail = f"runs through {path}, {DESCRIPTIONS[path]}; fidelity {FIDELITIES[path].value}"
+        verdict = Finding(path="", name="verdict", ok=True, detail=detail)
+    return [verdict, *findings]
 
 
 def h2o_llm_arguments(

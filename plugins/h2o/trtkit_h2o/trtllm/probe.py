@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from types import ModuleType
+
+from trtkit.spec.kv import KVFidelity
 
 V12 = "v12"
 V13 = "v13"
@@ -18,6 +22,8 @@ DESCRIPTIONS = {
     V12: "sparse-attention hooks and the V1 KV cache manager (1.2.x)",
     V13: "KV cache compression manager (1.3 and later); the prompt is pinned",
 }
+
+FIDELITIES = {V12: KVFidelity.EXACT, V13: KVFidelity.GENERATED_ONLY}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,16 +41,23 @@ class Need:
     """A name that must exist, and parameters it must accept.
 
     `name` is "module:attribute.path"; `why` says what for. A bare **kwargs accepts nothing: what it does with a name
-    cannot be seen.
+    cannot be seen. `holds` are attributes or dataclass fields it must have; `moved` lists modules that hold the name in
+    other releases.
     """
 
     name: str
     why: str
     accepts: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
 
 
 _T = "tensorrt_llm._torch."
 _BACKEND = f"{_T}attention_backend.trtllm:"
+ATTENTION = (f"{_T}attention_backend.trtllm", f"{_T}attention.backends.trtllm")
+"""Modules of `TrtllmAttention`, older first."""
+MANAGER_V2 = (f"{_T}pyexecutor.kv_cache_manager_v2", f"{_T}pyexecutor.kv_cache.kv_cache_manager_v2")
+"""Modules of `KVCacheManagerV2`, older first."""
 _SPARSE = f"{_T}attention_backend.sparse."
 _MANAGER = f"{_T}pyexecutor.resource_manager:"
 _ARGS = "tensorrt_llm.llmapi.llm_args:"
@@ -59,6 +72,22 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             name=f"{_BACKEND}TrtllmAttention.sparse_attn_predict", why="the query ring", accepts=("q", "k", "metadata")
         ),
         Need(name=f"{_BACKEND}TrtllmAttentionMetadata.prepare", why="physical lengths"),
+        Need(
+            name=f"{_BACKEND}TrtllmAttentionMetadata",
+            why="what a step holds",
+            holds=(
+                "request_ids",
+                "prompt_lens",
+                "seq_lens",
+                "num_seqs",
+                "num_contexts",
+                "num_generations",
+                "num_ctx_tokens",
+                "context_lens",
+                "kv_cache_params",
+                "kv_cache_manager",
+            ),
+        ),
         Need(name=f"{_MANAGER}KVCacheManager.prepare_resources", why="new requests", accepts=("scheduled_batch",)),
         Need(name=f"{_MANAGER}KVCacheManager.update_resources", why="decode rounds", accepts=("scheduled_batch",)),
         Need(name=f"{_MANAGER}KVCacheManager.free_resources", why="ended requests", accepts=("request",)),
@@ -71,6 +100,11 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             name=f"{_SPARSE}rocket:RocketKVCacheManager.__init__",
             why="how a manager is built",
             accepts=("kv_cache_config", "kv_cache_type", "max_batch_size", "max_seq_len", "sparse_attn_config"),
+        ),
+        Need(
+            name=f"{_MANAGER}KVCacheManager.__init__",
+            why="what a manager is told",
+            accepts=("tokens_per_block", "max_seq_len", "max_batch_size", "max_num_tokens", "mapping", "dtype"),
         ),
     ),
     V13: (
@@ -91,16 +125,18 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         Need(name=f"{_T}pyexecutor._util:create_kv_cache_compression_manager", why="choice of the manager"),
         Need(name=f"{_T}pyexecutor._util:validate_kv_cache_compression_compatibility", why="admission"),
         Need(
-            name=f"{_T}pyexecutor.kv_cache_manager_v2:KVCacheManagerV2.get_buffers",
+            name=f"{MANAGER_V2[0]}:KVCacheManagerV2.get_buffers",
             why="the pool",
             accepts=("layer_idx", "kv_layout"),
+            moved=MANAGER_V2[1:],
         ),
         Need(
-            name=f"{_T}pyexecutor.kv_cache_manager_v2:KVCacheManagerV2.get_batch_cache_indices",
+            name=f"{MANAGER_V2[0]}:KVCacheManagerV2.get_batch_cache_indices",
             why="block tables",
             accepts=("request_ids",),
+            moved=MANAGER_V2[1:],
         ),
-        Need(name=f"{_BACKEND}TrtllmAttention.forward", why="queries", accepts=("q", "metadata")),
+        Need(name=f"{_BACKEND}TrtllmAttention.forward", why="queries", accepts=("q", "metadata"), moved=ATTENTION[1:]),
     ),
 }
 
@@ -123,18 +159,49 @@ def usable_path(findings: list[Finding]) -> str | None:
     return next((p for p in PATHS if all(f.ok for f in findings if f.path == p)), None)
 
 
+def first_module(places: Sequence[str]) -> ModuleType:
+    """The first of these modules that exists.
+
+    Raises:
+        ImportError: none does.
+    """
+    for name in places[:-1]:
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    return importlib.import_module(places[-1])
+
+
 def _look(path: str, need: Need) -> Finding:
     module_name, _, attributes = need.name.partition(":")
-    problem = None
+    places = (module_name, *need.moved)
     try:
-        found = reduce(getattr, attributes.split("."), importlib.import_module(module_name))
+        module = first_module(places)
     except ImportError:
-        problem = f"there is no module {module_name}"
-    except AttributeError:
-        problem = f"{module_name} has no {attributes}"
+        detail, ok = f"there is no module {' or '.join(places)}", False
     else:
-        problem = _refused(found, need) if need.accepts else None
-    return Finding(path=path, name=need.name, ok=problem is None, detail=f"{need.why}: {problem or 'found'}")
+        problem = _problem(module, attributes, need)
+        detail, ok = problem or _found(need, module.__name__), problem is None
+    return Finding(path=path, name=need.name, ok=ok, detail=f"{need.why}: {detail}")
+
+
+def _problem(module: ModuleType, attributes: str, need: Need) -> str | None:
+    try:
+        found = reduce(getattr, attributes.split("."), module)
+    except AttributeError:
+        return f"{module.__name__} has no {attributes}"
+    missing = [name for name in need.holds if name not in {*dir(found), *getattr(found, "__dataclass_fields__", ())}]
+    if missing:
+        return f"{attributes} has no {', '.join(missing)}"
+    return _refused(found, need) if need.accepts else None
+
+
+def _found(need: Need, module: str) -> str:
+    """Where it was found, if not where it used to be, and what was asked of its signature."""
+    where = "" if need.name.startswith(f"{module}:") else f" in {module}"
+    takes = f", takes {', '.join(need.accepts)}" if need.accepts else ""
+    return f"found{where}{takes}{', has ' if need.holds else ''}{', '.join(need.holds)}"
 
 
 def _refused(found: object, need: Need) -> str | None:

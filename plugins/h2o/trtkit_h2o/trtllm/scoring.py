@@ -17,10 +17,12 @@ from trtkit.kv.moves import HoleMoves
 from trtkit.kv.policy import CachedTokens, EvictionPolicy
 from trtkit.kv.selection import check_slots
 from trtkit.spec.errors import EngineError
-from trtkit_h2o.trtllm.tracked import Geometry, Piece, Pool, Tracked
+from trtkit_h2o.trtllm.tracked import Geometry, Piece, Pool, Proof, Tracked
 
 _CUDA_LOGITS = 1 << 26
 _CPU_LOGITS = 1 << 21
+_PROOF_TOLERANCE = 1e-2
+"""A key is copied, or cast between two 16-bit types; a wrong one is off by far more."""
 
 
 def piece_mass(
@@ -89,6 +91,20 @@ def live_keys(view: Tensor, table: Tensor, length: int) -> Tensor:
     """A sequence's keys in slot order, a copy [H, length, D]."""
     blocks = table[: -(-length // view.shape[3])]
     return view[blocks, 0].permute(1, 0, 2, 3).flatten(1, 2)[:, :length]
+
+
+def proof_of(keep_1HK: Tensor, keys_HND: Tensor) -> Proof | None:
+    """What the last kept slot must hold after compaction; None where it holds that already."""
+    slot, source = keep_1HK.shape[-1] - 1, int(keep_1HK[0, 0, -1])
+    return None if source == slot else Proof(slot=slot, key=keys_HND[0, source].clone())
+
+
+def holds(proof: Proof, pool: Pool, blocks: Sequence[int]) -> bool:
+    """Whether the pool bears a proof out; waits for the device."""
+    view = pool.view(0)
+    size = view.shape[3]
+    found = view[blocks[proof.slot // size], 0, 0, proof.slot % size].to(proof.key.dtype)
+    return torch.allclose(found, proof.key, rtol=_PROOF_TOLERANCE, atol=_PROOF_TOLERANCE)
 
 
 def decide(policy: EvictionPolicy, positions: Tensor, mass: Tensor, num_tokens: int) -> Tensor:

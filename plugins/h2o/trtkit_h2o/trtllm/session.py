@@ -23,7 +23,7 @@ from trtkit.kv.moves import plan_moves
 from trtkit.spec.errors import EngineError, UnsupportedError
 from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.ring import StepRing
-from trtkit_h2o.trtllm.scoring import carry_out, decide, live_keys, live_mass, piece_mass
+from trtkit_h2o.trtllm.scoring import carry_out, decide, holds, live_keys, live_mass, piece_mass, proof_of
 from trtkit_h2o.trtllm.tracked import Counters, Geometry, Piece, Pool, Tracked
 
 RING_QUERIES = 32
@@ -40,6 +40,7 @@ class EvictionSession:
         self._policies = policies
         self._geometry = geometry
         self._tracked: dict[int, Tracked] = {}
+        self._unproved = {True, False}
         watch = policies.widest.watch
         self._flush_at = watch.window if watch.queries == "last" else RING_QUERIES
         self._ring = StepRing(geometry.layers, geometry.max_sequences, self._flush_at + _SLACK, geometry.device)
@@ -143,6 +144,8 @@ class EvictionSession:
         keep = torch.arange(rows.shape[-1], device=q_THD.device).expand(1, heads, -1)
         if rows.shape[-1] > tracked.policy.budget.tokens:
             keep = decide(tracked.policy, rows, mass, piece.first + piece.count)
+            if layer == 0 and _ends(tracked, piece) in self._unproved:
+                piece.proof = proof_of(keep, keys)
         ledger.positions[layer].copy_(rows.gather(-1, keep)[0])
         ledger.mass[layer].copy_(mass.gather(-1, keep)[0])
         piece.layers_seen.add(layer)
@@ -207,7 +210,7 @@ class EvictionSession:
         if tracked is None:
             return 0
         if tracked.piece is not None:
-            self._settle_piece(tracked, tracked.piece)
+            self._settle_piece(request_id, tracked, tracked.piece, pool)
         elif tracked.prompt_is_in:
             tracked.waiting += tracked.fed - tracked.num_tokens
             tracked.num_tokens = tracked.fed
@@ -216,13 +219,21 @@ class EvictionSession:
             self._round(request_id, tracked, pool)
         return self._give_back(tracked)
 
-    def _settle_piece(self, tracked: Tracked, piece: Piece) -> None:
-        """The attention operator has compacted in place what `prefill` chose."""
+    def _settle_piece(self, request_id: int, tracked: Tracked, piece: Piece, pool: Pool | None) -> None:
+        """The attention operator has compacted in place what `prefill` chose; the first time it is looked at."""
         if len(piece.layers_seen) != self._geometry.layers:
             raise EngineError(
                 f"H2O was asked about {len(piece.layers_seen)} of {self._geometry.layers} layers of a prompt; this "
                 "TensorRT-LLM does not call sparse_kv_predict as 1.2 does"
             )
+        if piece.proof is not None and pool is not None:
+            if not holds(piece.proof, pool, pool.blocks(request_id)):
+                raise EngineError(
+                    "H2O named the keys that stay and the attention operator did not move them, "
+                    f"{'at the end of a prompt' if _ends(tracked, piece) else 'between the chunks of a prompt'}; this "
+                    "TensorRT-LLM does not compact as 1.2 does"
+                )
+            self._unproved.discard(_ends(tracked, piece))
         tracked.num_tokens, tracked.piece = tracked.fed, None
         self._count(tracked, piece.base + piece.count - tracked.ledger.length)
 
@@ -271,3 +282,7 @@ class EvictionSession:
         carry_out(moves, pool, pool.blocks(request_id), self._geometry)
         ledger.compact(moves)
         self._count(tracked, before - ledger.length)
+
+
+def _ends(tracked: Tracked, piece: Piece) -> bool:
+    return piece.first + piece.count == tracked.prompt_len

@@ -49,11 +49,19 @@ class Counters:
     blocks_freed: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Proof:
+    """A key that must lie in a slot once the attention operator has compacted: of the first layer's first KV head."""
+
+    slot: int
+    key: Tensor
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class Piece:
     """A piece of a prompt whose step is under way: its first position, its length, and the `base` tokens cached before.
 
-    `table` holds the sequence's block ids where `base` is not 0.
+    `table` holds the sequence's block ids where `base` is not 0; `proof` is what to look for after the step.
     """
 
     first: int
@@ -61,6 +69,7 @@ class Piece:
     base: int
     table: Tensor | None
     layers_seen: set[int] = field(default_factory=set)
+    proof: Proof | None = None
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -17,7 +17,6 @@ import importlib
 import inspect
 from typing import Any, ClassVar, Literal, Optional, Union
 
-from tensorrt_llm._torch.attention_backend.trtllm import TrtllmAttention
 from tensorrt_llm._torch.pyexecutor.resource_manager import KVCacheCompressionManager
 from tensorrt_llm.llmapi.llm_args import KvCacheCompressionConfig, TorchLlmArgs
 
@@ -25,9 +24,11 @@ from trtkit.spec.errors import UnsupportedError
 from trtkit_h2o.trtllm.patch import route
 from trtkit_h2o.trtllm.policies import RequestPolicies
 from trtkit_h2o.trtllm.pool import ManagerPool
+from trtkit_h2o.trtllm.probe import ATTENTION, first_module
 from trtkit_h2o.trtllm.report import CounterFile
 from trtkit_h2o.trtllm.session import EvictionSession
 
+TrtllmAttention: Any = first_module(ATTENTION).TrtllmAttention
 _FIELD = "kv_cache_compression_config"
 _COLLECTOR = "trtkit_h2o"
 _WRAPPED = "_trtkit_h2o_wrapped"

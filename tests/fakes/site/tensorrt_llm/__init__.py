@@ -1,4 +1,4 @@
-# ruff: noqa: T201, E402, N814
+# ruff: noqa: T201, E402
 """A strict stand-in for TensorRT-LLM: the part of its Python API that trtkit calls, computed by the embedded engine.
 
 It refuses whatever the real package is stated to refuse: unknown arguments, names a version does not have, limits
@@ -18,7 +18,7 @@ if os.environ.get("FAKE_TRTLLM_HANG") == "import":
     time.sleep(3600)
 
 from tensorrt_llm.llmapi import KvCacheConfig, SamplingParams
-from tensorrt_llm.llmapi._llm import TorchLLM as LLM
+from tensorrt_llm.llmapi._paged import LLM
 
 if not __version__.startswith("1.2"):
     sys.modules["tensorrt_llm._tensorrt_engine"] = None  # engines are gone: importing it raises ImportError
