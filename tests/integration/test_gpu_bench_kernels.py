@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -343,3 +344,17 @@ def test_the_probes_table_tells_ceilings_and_what_held_the_clocks(tmp_path):
     session.write()
     assert kernel_bench.probed_limits(session.out) == {}
     assert kernel_bench.probed_limits(tmp_path / "none.json") == {}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_kernel_is_right_when_its_public_function_calls_it(tmp_path):
+    out = tmp_path / "kernels.json"
+    paths = [ROOT / "tests", ROOT, ROOT / "plugins" / "h2o"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "support.interpreted_bench", "--out", out, "--seed", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    data = json.loads(out.read_text(encoding="utf-8"))["data"]
+    assert {row["runs"] for row in data["rows"]} == {"triton"}
+    assert [(row["name"], row["shape"], row["error"]) for row in data["rows"] if not row["ok"]] == []
