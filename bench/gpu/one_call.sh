@@ -3,6 +3,7 @@
 #
 #   bash bench/gpu/one_call.sh OUT_DIR [--limit-s 540] [--stages probe,selfcheck,kernels,core,h2o,more,peers] [--rehearse]
 #
+# Without --stages: all of them, peers only where TRTKIT_PEERS names the folder of their wheels.
 # Needs python3 with torch and triton on a CUDA machine, nothing installed from this project. Each stage gets a share of
 # what time is left and is ended when it is over; records are written as they come, so a killed call leaves what was done.
 # OUT_DIR gets at most eight flat files: probe.json selfcheck.json kernels.json llama70b.json h2o.json peers.json
@@ -12,7 +13,7 @@ set -u -o pipefail
 
 usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
 
-out="" limit_s=540 rehearse="" stages="probe,selfcheck,kernels,core,h2o,more,peers"
+out="" limit_s=540 rehearse="" stages=""
 while [ $# -gt 0 ]; do
   case "$1" in
     --limit-s) [ $# -ge 2 ] || usage; limit_s="$2"; shift 2 ;;
@@ -23,6 +24,11 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -n "$out" ] || usage
+if [ -z "$stages" ]; then
+  stages="probe,selfcheck,kernels,core,h2o,more"
+  # Peers come after our own rows, and by themselves only where their wheels were brought.
+  if [ -n "${TRTKIT_PEERS:-}" ] || [ -n "$rehearse" ]; then stages="$stages,peers"; fi
+fi
 case "$limit_s" in "" | *[!0-9]*) echo "one_call.sh: --limit-s is '$limit_s', expected whole seconds" >&2; exit 2 ;; esac
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -51,7 +57,7 @@ export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/indu
 # How the time left is shared among the stages still to come.
 weight_of() {
   case "$1" in
-    probe) echo 9 ;; selfcheck) echo 11 ;; kernels) echo 10 ;; core) echo 42 ;; h2o) echo 18 ;; more) echo 14 ;;
+    probe) echo 9 ;; selfcheck) echo 11 ;; kernels) echo 10 ;; core) echo 42 ;; h2o) echo 18 ;; more) echo 22 ;;
     peers) echo 12 ;; *) echo 0 ;;
   esac
 }

@@ -33,6 +33,11 @@ STAGE_FILES = {
     "more": "llama70b.json",
     "peers": "peers.json",
 }
+LINES_EACH = {
+    "llama70b.json": 24, "h2o.json": 8, "selfcheck.json": 4, "probe.json": 8, "peers.json": 6, "kernels.json": 8,
+}  # fmt: skip
+"""Lines each record may always have, most important first; together they leave room for no more."""
+ENDS_WITH_RESULT = ("h2o.json",)
 FIRST_CELL = ("int8", "c1-isl512")
 _DASH = "-"
 
@@ -198,22 +203,30 @@ def probe_limits(path: Path) -> Mapping[str, Measured]:
     return found if known[0] in found else {}
 
 
-def lines_of(out: Path, stages: Sequence[str]) -> list[str]:
-    """The whole summary: every asked stage in order, each file once."""
-    lines, told = [], set()
-    for stage in stages:
-        name = STAGE_FILES[stage]
-        if name in told:
-            continue
-        told.add(name)
+def sections(out: Path, stages: Sequence[str]) -> dict[str, list[str]]:
+    """The lines of every asked stage, by file, most important first."""
+    asked = {STAGE_FILES[stage]: stage for stage in reversed(stages)}
+    found = {}
+    for name in (file for file in LINES_EACH if file in asked):
         record = load(out / name)
         if record is None:
-            lines.append(f"{stage}: no record")
+            found[name] = [f"{asked[name]}: no record"]
         elif name == STAGE_FILES["core"]:
-            lines += llama_lines(record)
+            found[name] = llama_lines(record)
         else:
-            lines += generic_lines(stage, record)
-    return lines
+            found[name] = generic_lines(asked[name], record)
+    return found
+
+
+def lines_of(out: Path, stages: Sequence[str], most: int = MOST_LINES) -> list[str]:
+    """The whole summary in at most so many lines: each stage gets its own share, then the rest in order of importance."""
+    found = sections(out, stages)
+    given = {name: min(len(lines), LINES_EACH[name]) for name, lines in found.items()}
+    for name, lines in found.items():
+        given[name] += max(0, min(len(lines) - given[name], most - sum(given.values())))
+    return [
+        line for name, lines in found.items() for line in shortened(lines, given[name], last=name in ENDS_WITH_RESULT)
+    ]
 
 
 def complete(out: Path, stages: Sequence[str]) -> bool:
@@ -225,11 +238,12 @@ def complete(out: Path, stages: Sequence[str]) -> bool:
     return any((row["row"], cell["name"]) == FIRST_CELL and cell.get("result") for row, cell in cells_of(core))
 
 
-def shortened(lines: Sequence[str], most: int = MOST_LINES) -> list[str]:
-    """At most so many lines, and how many were left out."""
+def shortened(lines: Sequence[str], most: int, *, last: bool = False) -> list[str]:
+    """At most so many lines, the first or the last ones beside the head, and how many were left out."""
     if len(lines) <= most:
         return list(lines)
-    return [*lines[: most - 1], f"... {len(lines) - most + 1} more lines are in the records"]
+    told = f"... {len(lines) - most + 1} more lines are in the record"
+    return [lines[0], told, *lines[len(lines) - most + 2 :]] if last else [*lines[: most - 1], told]
 
 
 def main() -> int:
@@ -238,7 +252,7 @@ def main() -> int:
     parser.add_argument("--stages", default=",".join(STAGE_FILES))
     args = parser.parse_args()
     stages = [stage for stage in args.stages.split(",") if stage in STAGE_FILES]
-    print("\n".join(shortened(lines_of(args.out, stages))))
+    print("\n".join(lines_of(args.out, stages)))
     return 0 if complete(args.out, stages) else 1
 
 

@@ -245,10 +245,23 @@ def test_a_killed_call_still_ends_with_its_table(tmp_path: Path) -> None:
     assert (tmp_path / "summary.txt").is_file()
 
 
-def test_a_long_summary_is_cut_and_says_so() -> None:
-    lines = summary.shortened([str(number) for number in range(100)])
-    assert len(lines) == summary.MOST_LINES
-    assert "41 more lines" in lines[-1]
+def test_a_long_summary_is_cut_and_every_stage_keeps_its_share(tmp_path: Path) -> None:
+    for name in summary.LINES_EACH:
+        lines = [f"{name} {number}" for number in range(100)]
+        (tmp_path / name).write_text(json.dumps({"data": {"rehearsal": False, "lines": lines, "rows": []}}))
+    told = summary.lines_of(tmp_path, list(summary.STAGE_FILES))
+    assert len(told) <= summary.MOST_LINES
+    assert any("more lines" in line for line in told)
+    assert "h2o.json 99" in told
+    assert "probe.json 5" in told
+    assert sum(summary.LINES_EACH.values()) <= summary.MOST_LINES
+    assert set(summary.LINES_EACH) == set(summary.STAGE_FILES.values())
+
+
+def test_a_stage_alone_may_use_every_line(tmp_path: Path) -> None:
+    lines = [f"row {number}" for number in range(200)]
+    (tmp_path / "kernels.json").write_text(json.dumps({"data": {"rehearsal": False, "lines": lines}}))
+    assert len(summary.lines_of(tmp_path, ["kernels"])) == summary.MOST_LINES
 
 
 def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
