@@ -35,7 +35,7 @@ from trtkit.spec.bundle import (
 from trtkit.spec.checkpoint import CONFIG_NAME
 from trtkit.spec.codec import canonical_json, digest
 from trtkit.spec.directory import absolute, check_free, publish, working_directory
-from trtkit.spec.errors import OutputError
+from trtkit.spec.errors import InputError, OutputError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.progress import Progress, no_progress
@@ -136,7 +136,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
         return _build_dummy(BuildJob(plan=plan, source_dir=path, directory=path, fidelity=fidelity), path)
     source_dir = source if isinstance(source, Path) else source.fetch()
     with working_directory(path) as partial:
-        _keep_only_same_build(partial, plan, source_dir)
+        _keep_only_same_build(partial, plan, source_dir, calib_text)
         job = BuildJob(
             plan=plan,
             source_dir=source_dir,
@@ -221,14 +221,29 @@ def builder_of(target: str) -> Callable[[BuildJob], None]:
     return builder
 
 
-def _keep_only_same_build(partial: Path, plan: BuildPlan, source_dir: Path) -> None:
-    """Clear what a build of another plan or another source left behind.
+def calibration_note(calib_text: Path) -> str:
+    """What a calibration was made on.
 
     Raises:
+        InputError: the text cannot be read.
+    """
+    try:
+        return f"{calib_text.name} sha256:{file_entry(calib_text).sha256}"
+    except OSError as error:
+        raise InputError(f"{calib_text}: cannot be read as text ({error.strerror or error})") from None
+
+
+def _keep_only_same_build(partial: Path, plan: BuildPlan, source_dir: Path, calib_text: Path | None) -> None:
+    """Clear what a build of another plan, another source or another calibration left behind.
+
+    Raises:
+        InputError: the calibration text cannot be read.
         OutputError: the directory holds something that no build left.
     """
     stat = {f.name: (f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(source_dir.iterdir()) if f.is_file()}
-    wanted = digest({"plan": plan, "source": str(source_dir.absolute()), "files": stat, "trtkit": __version__})
+    text = None if calib_text is None else calibration_note(calib_text)
+    made_of = {"plan": plan, "source": str(source_dir.absolute()), "files": stat, "calibration": text}
+    wanted = digest(made_of | {"trtkit": __version__})
     note = partial / _PLAN_NAME
     left = [entry for entry in partial.iterdir() if not entry.name.startswith(".")]
     if left and not note.is_file():

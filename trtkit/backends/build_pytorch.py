@@ -8,16 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtkit.backends.build import BuildJob, copy_tokenizer
+from trtkit.backends.build import BuildJob, calibration_note, copy_tokenizer
 from trtkit.backends.calibrated import ALGOS, Stored, check_steps
 from trtkit.backends.reference import linear_rounding, plain_source, probe_tokens, reference, rounding_to, write_model
 from trtkit.backends.verify import judged, layers_to_run, taken_over
 from trtkit.spec.atomic import output_errors, write_text
-from trtkit.spec.bundle import file_entry
 from trtkit.spec.directory import check_space
 from trtkit.spec.errors import UsageError
 from trtkit.spec.model import ModelSpec
@@ -25,7 +23,7 @@ from trtkit.spec.quant import QuantSpec
 from trtkit.spec.units import GIB
 from trtkit.trtllm.layout import is_linear, source_shapes
 from trtkit.trtllm.lower import llm_arguments
-from trtkit.trtllm.modelopt import CALIBRATED, SCALES, dequantised, read_windows, write_quantised
+from trtkit.trtllm.modelopt import CALIBRATED, SCALES, dequantised, modelopt_version, read_windows, write_quantised
 from trtkit.trtllm.unified import write_unified
 
 if TYPE_CHECKING:
@@ -45,8 +43,13 @@ def build_pytorch(job: BuildJob) -> None:
         UsageError: the precision needs calibration and no text was given.
     """
     plan, checkpoint = job.plan, job.directory / "checkpoint"
-    if plan.quant.algo in CALIBRATED and job.calib_text is None:
-        raise UsageError(f"{plan.name}: precision {plan.quant.precision} is calibrated on text: give --calib-text FILE")
+    if plan.quant.algo in CALIBRATED:
+        if job.calib_text is None:
+            raise UsageError(
+                f"{plan.name}: precision {plan.quant.precision} is calibrated on text: give --calib-text FILE"
+            )
+        job.versions["nvidia-modelopt"] = modelopt_version(plan.quant)
+        job.versions["calibration"] = calibration_note(job.calib_text)
     if not checkpoint.is_dir():
         with job.phase("convert"):
             writing = job.directory / _WRITING
@@ -71,8 +74,6 @@ def _write_weights(job: BuildJob, writing: Path) -> None:
         write_unified(job.source_dir, writing, quant, progress=job.progress)
         return
     assert job.calib_text is not None
-    job.versions["nvidia-modelopt"] = metadata.version("nvidia-modelopt")
-    job.versions["calibration"] = f"{job.calib_text.name} sha256:{file_entry(job.calib_text).sha256}"
     write_quantised(job.source_dir, writing, quant, read_windows(job.source_dir, job.calib_text))
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import metadata
 from pathlib import Path
 
-from trtkit.backends.build import BuildJob, copy_tokenizer
+from trtkit.backends.build import BuildJob, calibration_note, copy_tokenizer
 from trtkit.backends.calibrated import ALGOS
 from trtkit.backends.reference import plain_source
 from trtkit.backends.verify import verify
 from trtkit.spec.atomic import output_errors, write_text
-from trtkit.spec.bundle import file_entry
 from trtkit.spec.checkpoint import CONFIG_NAME
 from trtkit.spec.directory import check_space
 from trtkit.spec.dtype import DType
@@ -26,7 +24,7 @@ from trtkit.trtllm.convert import convert
 from trtkit.trtllm.engine_build import ENGINE_DIR, LOG_NAME, run_trtllm_build, timing_cache
 from trtkit.trtllm.installed import installation
 from trtkit.trtllm.lower import llm_arguments
-from trtkit.trtllm.modelopt import cache_scales, read_windows, write_engine_checkpoint
+from trtkit.trtllm.modelopt import cache_scales, modelopt_version, read_windows, write_engine_checkpoint
 from trtkit.trtllm.pack import pack_checkpoint
 from trtkit.trtllm.stored import stored_quant, stored_tensors
 
@@ -63,8 +61,13 @@ def build_tensorrt(job: BuildJob) -> None:
 def _check_calibration(job: BuildJob) -> None:
     quant = job.plan.quant
     what = f"precision {quant.precision}" if quant.algo in ALGOS else "an int8 KV cache"
-    if (quant.algo in ALGOS or quant.kv is DType.INT8) and job.calib_text is None:
+    if quant.algo not in ALGOS and quant.kv is not DType.INT8:
+        return
+    if job.calib_text is None:
         raise UsageError(f"{job.plan.name}: {what} is calibrated on text: give --calib-text FILE")
+    job.versions["calibration"] = calibration_note(job.calib_text)
+    if quant.algo in ALGOS:
+        job.versions["nvidia-modelopt"] = modelopt_version(quant)
 
 
 def _make_checkpoint(job: BuildJob, checkpoint: Path) -> None:
@@ -86,7 +89,6 @@ def _write_weights(job: BuildJob, output: Path) -> None:
     plan = job.plan
     windows = []
     if job.calib_text is not None and (plan.quant.algo in ALGOS or plan.quant.kv is DType.INT8):
-        job.versions["calibration"] = f"{job.calib_text.name} sha256:{file_entry(job.calib_text).sha256}"
         windows = read_windows(job.source_dir, job.calib_text)
     kv_scale: tuple[float, ...] | None = None
     if plan.quant.kv is DType.INT8:
@@ -104,7 +106,6 @@ def _write_weights(job: BuildJob, output: Path) -> None:
             progress=job.progress,
         )
         return
-    job.versions["nvidia-modelopt"] = metadata.version("nvidia-modelopt")
     writing = job.directory / _WRITING
     with output_errors(writing):
         shutil.rmtree(writing, ignore_errors=True)

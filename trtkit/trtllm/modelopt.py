@@ -9,6 +9,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,20 @@ _INT8_MAX = 127
 _KEPT = ("group_size", "has_zero_point", "pre_quant_scale", "exclude_modules")
 _FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"}
 """Architecture -> ModelOpt's name for the decoder it writes."""
+
+
+def modelopt_version(quant: QuantSpec) -> str:
+    """The installed version.
+
+    Raises:
+        MissingDependencyError: ModelOpt is not installed.
+    """
+    try:
+        return metadata.version("nvidia-modelopt")
+    except metadata.PackageNotFoundError:
+        raise MissingDependencyError(
+            f"precision {quant.precision} needs ModelOpt: pip install 'trtkit[quantize]'"
+        ) from None
 
 
 def read_windows(model_dir: Path, text: Path) -> list[list[int]]:
@@ -75,6 +90,7 @@ def write_quantised(source_dir: Path, output_dir: Path, quant: QuantSpec, window
     """
     import torch
 
+    modelopt_version(quant)
     model = _quantised(source_dir, quant, windows)
     from modelopt.torch.export import export_hf_checkpoint
 
@@ -116,6 +132,7 @@ def write_engine_checkpoint(
             f"{plan.name}: {quant.precision} engines are written for {' and '.join(_FAMILIES)}, this is {spec.architecture}; "
             "use --target pytorch or --precision int8"
         )
+    modelopt_version(quant)
     model = _quantised(source_dir, quant, windows)
     from modelopt.torch.export import export_tensorrt_llm_checkpoint
 
@@ -154,15 +171,10 @@ def _add_kv_scales(output_dir: Path, model: ModelSpec, parallel: Parallelism, sc
 
 def _quantised(source_dir: Path, quant: QuantSpec, windows: Sequence[Sequence[int]]) -> Any:  # noqa: ANN401 - a model
     """The model in the compute type, its matrices quantised and calibrated."""
+    import modelopt.torch.quantization as mtq
     import torch
     from transformers import AutoModelForCausalLM
 
-    try:
-        import modelopt.torch.quantization as mtq
-    except ImportError:
-        raise MissingDependencyError(
-            f"precision {quant.precision} needs ModelOpt: pip install 'trtkit[quantize]'"
-        ) from None
     assert quant.algo is not None
     dtype = getattr(torch, quant.compute.trtllm_name)
     place: dict[str, Any] = {"device_map": "auto"} if torch.cuda.is_available() else {}
