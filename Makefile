@@ -57,6 +57,7 @@ bench-engine: install ## Embedded engine against transformers, side by side
 	$(BIN)/python bench/engine_vs_transformers.py
 
 bench-gpu-rehearsal: install ## What runs on a GPU box, on this CPU with tiny shapes and without rates
+	rm -rf results/gpu-rehearsal
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 bash bench/gpu/one_call.sh results/gpu-rehearsal --limit-s 300 --rehearse
 
 clean: ## Remove what builds and runs leave (not .venv)
