@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-FILES = ("test_paged_kernels.py", "test_fused_kernels.py", "test_sampling_kernels.py")
+FILES = ("test_paged_kernels.py", "test_fused_kernels.py", "test_sampling_kernels.py", "test_slots_kernels.py")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
