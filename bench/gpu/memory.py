@@ -116,7 +116,9 @@ def fits(plan: BuildPlan) -> bool:
 def memory_rows(
     plan: BuildPlan, info: EngineInfo | None = None, seen: MemorySplit | None = None
 ) -> Mapping[str, Measured]:
-    """Every part by who says so: "plan.*" is `trtkit plan`, "model.*" this file, "engine.*" and "seen.*" measured."""
+    """Every part by who says so: "plan.*" is `trtkit plan`, "model.*" this file, "engine.*" the engine when it had opened
+    (its allocator and the driver), "seen.*" NVML from outside at the peak.
+    """
     planned = plan_memory(placement(plan))
     rows = {
         "plan.weights": planned.weight_bytes,
@@ -130,8 +132,8 @@ def memory_rows(
         rows |= {f"model.{name}": size for name, size in model.items()} | {"model.total": sum(model.values())}
     found = {name: _bytes(size, Source.MODELED) for name, size in rows.items()}
     if info is not None:
-        found["engine.weights"] = _bytes(info.weight_bytes, Source.MEASURED)
-        found["engine.kv_pool"] = _bytes(info.kv_pool_bytes, Source.MEASURED)
+        parts = {**info.device_memory, "weights": info.weight_bytes, "kv_pool": info.kv_pool_bytes}
+        found |= {f"engine.{name}": _bytes(size, Source.MEASURED) for name, size in parts.items()}
     if seen is not None and seen.peak_bytes is not None:
         found["seen.total"] = _bytes(seen.peak_bytes, Source.MEASURED)
         if seen.other_bytes is not None:
