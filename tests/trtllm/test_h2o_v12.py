@@ -311,6 +311,20 @@ def test_a_pool_that_is_shown_as_a_copy_is_refused(monkeypatch):
     sys.modules.pop("trtkit_h2o.trtllm.v12")
 
 
+def test_layers_with_block_tables_of_their_own_are_refused(monkeypatch):
+    class PerLayer(fake.KVCacheManager):
+        def get_batch_cache_indices(self, request_ids, layer_idx=None, window_size=None):
+            return [[layer_idx or 0, *blocks] for blocks in super().get_batch_cache_indices(request_ids)]
+
+    fake.put_in(monkeypatch, fake.modules(manager=PerLayer))
+    adapter = importlib.import_module("trtkit_h2o.trtllm.v12")
+    manager = runtime(adapter, H2O).manager
+    manager.impl.add_sequence(0, 10, 1, None)
+    with pytest.raises(UnsupportedError, match="block tables of their own"):
+        manager.h2o_pool.blocks(0)
+    sys.modules.pop("trtkit_h2o.trtllm.v12")
+
+
 def test_every_module_that_imported_a_dispatch_function_by_value_is_reached(adapter):
     config = adapter.H2OSparseAttentionConfig(kv_policy=H2O)
     for module in (

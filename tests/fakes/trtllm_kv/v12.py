@@ -223,7 +223,7 @@ class KVCacheManager:
     def rewind_kv_cache(self, request, rewind_len):
         self.impl.rewind_kv_cache(request.py_request_id, rewind_len)
 
-    def get_batch_cache_indices(self, request_ids, window_size=None):
+    def get_batch_cache_indices(self, request_ids, layer_idx=None, window_size=None):
         return [ids[0] for ids in self.impl.get_batch_cache_block_ids(request_ids, self.max_seq_len)]
 
     def get_buffers(self, layer_idx, kv_layout="NHD"):
@@ -242,10 +242,13 @@ class KVCacheManager:
 
 
 class OldKVCacheManager(KVCacheManager):
-    """As in early 1.2 candidates: `get_buffers` knows one label."""
+    """As in early 1.2 candidates: `get_buffers` knows one label, and tables are asked for without a layer."""
 
     def get_buffers(self, layer_idx):
         return super().get_buffers(layer_idx)
+
+    def get_batch_cache_indices(self, request_ids, window_size=None):
+        return super().get_batch_cache_indices(request_ids)
 
 
 class RocketKVCacheManager(KVCacheManager):
