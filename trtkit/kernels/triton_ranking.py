@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _IN_REGISTERS = 8192
-_CHUNK = 4096
+_CHUNK = 2048
 _PER_THREAD = 16
 
 

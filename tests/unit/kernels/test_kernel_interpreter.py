@@ -11,14 +11,22 @@ from pathlib import Path
 import pytest
 
 
-FILES = ("test_paged_kernels.py", "test_fused_kernels.py", "test_sampling_kernels.py", "test_slots_kernels.py")
+FILES = (
+    "test_fused_kernels.py",
+    "test_layer_kernels.py",
+    "test_paged_kernels.py",
+    "test_prefill_kernels.py",
+    "test_ranking_kernels.py",
+    "test_sampling_kernels.py",
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_run_in_the_interpreter_even_where_triton_came_first():
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_run_in_the_interpreter_even_where_triton_came_first(file):
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("the files ran in this very process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *FILES]
+        pytest.skip("the file ran in this very process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", file]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     folder = Path(__file__).parent

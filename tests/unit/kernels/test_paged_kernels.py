@@ -21,30 +21,15 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
+from support.paged_caches import FP8, dense_decode, make_batch, randn
+
 from trtkit.kernels import triton_decode, triton_paged
 
 BLOCK = 8
 SHAPES = [(64, 1), (64, 4), (128, 8), (48, 3)]
 LENGTHS = (1, 7, 8, 65, 90)
-
-
-def make_batch(dim, kv_heads=2, lengths=LENGTHS, seed=0):
-    """A cache of scattered blocks whose free slots hold NaN, so that a read past a length shows."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = math.ceil(max(lengths) / BLOCK)
-    need = [math.ceil(n / BLOCK) for n in lengths]
-    order = torch.randperm(sum(need) + 3, generator=generator)
-    cache = torch.full((len(order), 2, kv_heads, BLOCK, dim), math.nan)
-    blocks = torch.zeros(len(lengths), columns, dtype=torch.int32)
-    used = 0
-    for index, length in enumerate(lengths):
-        for column in range(need[index]):
-            block = int(order[used])
-            used += 1
-            blocks[index, column] = block
-            count = min(BLOCK, length - column * BLOCK)
-            cache[block, :, :, :count] = torch.randn(2, kv_heads, count, dim, generator=generator)
-    return paged.PagedBatch(cache=cache, blocks_BM=blocks, lengths_B=torch.tensor(lengths, dtype=torch.int32))
+DECODES = [triton_decode.paged_decode_attention, paged.decode_attention_twin]
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def make_queries(batch, group, counts, seed=1):
@@ -79,25 +64,116 @@ def dense_mass(queries, weights, batch, positions):
     return mass
 
 
+def assert_decodes(found, queries, batch):
+    """Output and log-sum-exp as float64 attention over the rounded inputs gives them."""
+    expected, expected_lse = dense_decode(queries, batch)
+    bound = BOUNDS[queries.dtype]
+    torch.testing.assert_close(found[0].double(), expected, rtol=bound, atol=bound)
+    torch.testing.assert_close(found[1].double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dim", "group"), SHAPES)
-@pytest.mark.parametrize("implementation", [triton_decode.paged_decode_attention, paged.decode_attention_twin])
+@pytest.mark.parametrize("implementation", DECODES)
 def test_decode_attention_and_its_lse_equal_dense_attention(implementation, dim, group):
-    batch = make_batch(dim)
-    queries = torch.randn(len(LENGTHS), 2 * group, dim, generator=torch.Generator().manual_seed(3))
-    out, lse = implementation(queries, batch)
-    for index in range(len(LENGTHS)):
-        keys, values = paged.gather_sequence(batch, index).double()
-        keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-        logits = (keys @ queries[index].double()[..., None])[..., 0] / math.sqrt(dim)
-        expected = (torch.softmax(logits, -1)[:, None] @ values)[:, 0]
-        torch.testing.assert_close(out[index].double(), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(lse[index].double(), torch.logsumexp(logits, -1), rtol=1e-5, atol=1e-5)
+    batch = make_batch(LENGTHS, dim=dim)
+    queries = randn(len(LENGTHS), 2 * group, dim)
+    assert_decodes(implementation(queries, batch), queries, batch)
+
+
+@pytest.mark.parametrize(
+    ("compute", "stored"),
+    [(torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, FP8), (torch.bfloat16, FP8),
+     (torch.float32, FP8), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)  # fmt: skip
+@pytest.mark.parametrize("implementation", DECODES)
+def test_decode_attention_takes_every_type_of_cache(implementation, compute, stored):
+    batch = make_batch((9, 70), dim=96, block=32, heads=1, dtype=stored)
+    queries = randn(2, 8, 96, dtype=compute)
+    assert_decodes(implementation(queries, batch), queries, batch)
+
+
+@pytest.mark.parametrize("block", [1, 16, 32, 64, 128])
+def test_tiles_may_be_larger_or_smaller_than_blocks(block):
+    batch = make_batch((1, block, block + 1, 130), block=block, heads=1)
+    queries = randn(4, 4, 64)
+    assert_decodes(triton_decode.paged_decode_attention(queries, batch), queries, batch)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 16])
+def test_any_number_of_parts_gives_the_same_attention(splits):
+    """Lengths around a tile and around what one part takes; a long row beside short ones; 8 heads per KV head."""
+    batch = make_batch((63, 64, 65, 700, 1), block=32, heads=1)
+    queries = randn(5, 8, 64)
+    assert_decodes(triton_decode.paged_decode_attention(queries, batch, splits=splits), queries, batch)
+
+
+def test_parts_of_a_group_that_is_no_power_of_two_add_up():
+    batch = make_batch((400,), dim=48)
+    queries = randn(1, 6, 48)
+    assert_decodes(triton_decode.paged_decode_attention(queries, batch, splits=4), queries, batch)
+
+
+def test_a_workspace_serves_launch_after_launch_and_smaller_batches():
+    batch = make_batch((300, 129), heads=1)
+    workspace = paged.DecodeWorkspace.empty(2, 4, 64, 4, torch.device("cpu"))
+    workspace.partial.fill_(math.nan)
+    workspace.lse.fill_(math.nan)
+    for seed in range(2):
+        queries = randn(2, 4, 64, seed=seed)
+        found = triton_decode.paged_decode_attention(queries, batch, splits=4, workspace=workspace)
+        assert_decodes(found, queries, batch)
+    one = paged.PagedBatch(cache=batch.cache, blocks_BM=batch.blocks_BM[:1], lengths_B=batch.lengths_B[:1])
+    assert_decodes(
+        triton_decode.paged_decode_attention(queries[:1], one, splits=8, workspace=workspace), queries[:1], one
+    )
+    assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_a_row_of_no_length_gives_zeros_and_reads_nothing(splits):
+    batch = make_batch((0, 70, 0), heads=1)
+    queries = randn(3, 4, 64)
+    out, lse = triton_decode.paged_decode_attention(queries, batch, splits=splits)
+    twin, twin_lse = paged.decode_attention_twin(queries, batch)
+    assert not out[[0, 2]].any()
+    assert lse[[0, 2]].eq(-math.inf).all()
+    torch.testing.assert_close(out, twin)
+    torch.testing.assert_close(lse, twin_lse)
+
+
+@pytest.mark.parametrize("on_triton", [True, False])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_the_ring_gets_the_lse_of_watched_rows_only(on_triton, splits, monkeypatch):
+    monkeypatch.setattr(paged, "use_triton", lambda tensor: on_triton)
+    batch = make_batch((300, 20, 0, 9), heads=1)
+    ring = torch.full((5, 4), 77.0)
+    places = torch.tensor([3, -1, 0, 1], dtype=torch.int32)
+    out, lse = torch.empty(4, 4, 64), torch.empty(4, 4)
+    found = paged.paged_decode_attention(
+        randn(4, 4, 64), batch, out=out, lse=lse, splits=splits, ring_lse=ring, ring_index_B=places
+    )
+    assert found[0] is out
+    assert found[1] is lse
+    assert ring[[2, 4]].eq(77).all()
+    assert torch.equal(ring[[3, 0, 1]], lse[[0, 2, 3]])
+
+
+def test_splits_fill_the_processors_and_stay_a_power_of_two():
+    assert [paged.decode_splits(rows, 8, 132) for rows in (1, 4, 8, 16, 32, 48, 64, 1000)] == [16, 16, 8, 4, 2, 1, 1, 1]
+
+
+def test_no_rows_are_no_launch():
+    batch = make_batch((3,), heads=1)
+    none = paged.PagedBatch(cache=batch.cache, blocks_BM=batch.blocks_BM[:0], lengths_B=batch.lengths_B[:0])
+    out, lse = triton_decode.paged_decode_attention(torch.empty(0, 4, 64), none)
+    assert out.shape == (0, 4, 64)
+    assert lse.shape == (0, 4)
 
 
 @pytest.mark.parametrize(("dim", "group"), SHAPES)
 @pytest.mark.parametrize("implementation", [triton_paged.score_paged, paged.score_twin])
 def test_scored_mass_equals_dense_column_sums_over_ragged_lengths(implementation, dim, group):
-    batch = make_batch(dim)
+    batch = make_batch(LENGTHS, dim=dim)
     queries, positions = make_queries(batch, group, counts=(1, 3, 0, 11, 5))
     weights = torch.linspace(0.5, 1, len(queries.positions_R))
     mass = implementation(queries, paged.lse_twin(queries, batch, positions), weights, batch, positions)
@@ -108,7 +184,7 @@ def test_scored_mass_equals_dense_column_sums_over_ragged_lengths(implementation
 
 
 def test_mass_of_a_step_is_the_group_size_per_query_and_kv_head():
-    batch = make_batch(64)
+    batch = make_batch(LENGTHS)
     queries, positions = make_queries(batch, 4, counts=(1, 2, 3, 4, 5))
     ones = torch.ones(15)
     mass = paged.score_twin(queries, paged.lse_twin(queries, batch, positions), ones, batch, positions)
@@ -117,7 +193,7 @@ def test_mass_of_a_step_is_the_group_size_per_query_and_kv_head():
 
 
 def test_scores_ignore_the_order_of_query_heads_inside_a_group_only():
-    batch = make_batch(64)
+    batch = make_batch(LENGTHS)
     queries, positions = make_queries(batch, 4, counts=(1, 1, 1, 1, 1))
     ones = torch.ones(5)
 
@@ -134,7 +210,7 @@ def test_scores_ignore_the_order_of_query_heads_inside_a_group_only():
 
 @pytest.mark.parametrize("implementation", [triton_paged.score_paged, paged.score_twin])
 def test_bfloat16_caches_score_within_a_hundredth(implementation):
-    batch = make_batch(64)
+    batch = make_batch(LENGTHS)
     queries, positions = make_queries(batch, 4, counts=(1, 3, 2, 7, 4))
     ones = torch.ones(17)
     expected = dense_mass(queries, ones, batch, positions)
@@ -148,7 +224,7 @@ def test_bfloat16_caches_score_within_a_hundredth(implementation):
 
 @pytest.mark.parametrize("implementation", [triton_paged.compact_paged, paged.compact_twin])
 def test_compaction_moves_exactly_the_named_rows(implementation):
-    batch = make_batch(48)
+    batch = make_batch(LENGTHS, dim=48)
     moves = torch.tensor([[3, 0, 64, 2], [3, 1, 60, 63 - 8], [4, 0, 89, 0], [1, 1, 6, 5]], dtype=torch.int32)
     expected = batch.cache.clone()
     for sequence, head, source, target in moves.tolist():
@@ -160,7 +236,7 @@ def test_compaction_moves_exactly_the_named_rows(implementation):
 
 
 def test_compaction_without_moves_changes_nothing():
-    batch = make_batch(48)
+    batch = make_batch(LENGTHS, dim=48)
     before = batch.cache.clone()
     for implementation in (triton_paged.compact_paged, paged.compact_twin):
         implementation(batch.cache, batch.blocks_BM, torch.zeros(0, 4, dtype=torch.int32))
