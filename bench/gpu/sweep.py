@@ -36,6 +36,8 @@ from trtkit.spec.workload import Workload
 PROTOCOL = "gpu-llama70b"
 MARGIN_S = 5.0
 """What is kept of the time limit for closing the engine and writing."""
+ROOMY_FRACTION = 0.7
+LOST = "engine: "
 _FIRST_GUESS = 1.5
 """A cell is taken to last this much longer than predicted until one has been measured."""
 
@@ -114,28 +116,66 @@ def dummy_bundle(directory: Path, plan: BuildPlan) -> Path:
 
 
 def run_row(row: str, label: str, plan: BuildPlan, cells: Sequence[CellPlan], sweep: Sweep) -> RowOutcome:
-    """Open one configuration and run its cells while time is left; whatever fails is in the outcome, nothing is raised."""
-    (target,) = open_targets([dummy_bundle(sweep.work_dir, plan)], sweep.overrides)
-    environment = fingerprint(device=target.device, command=sweep.command, limits=sweep.limits)
+    """Open one configuration and run its cells while time is left; whatever fails is in the outcome, nothing is raised.
+
+    An engine that is lost is opened again for the cells after the one that lost it; one that found too little memory,
+    once, with more of it left free.
+    """
+    environment = fingerprint(device="cpu" if plan.gpu == "cpu" else "cuda", command=sweep.command, limits=sweep.limits)
     outcome = RowOutcome(row=row, label=label, plan=plan, environment=environment)
+    waiting = list(cells)
+    while waiting:
+        if sweep.left_s() <= MARGIN_S:
+            outcome = _unrun(outcome, waiting, sweep, "no time was left to open the engine")
+            break
+        outcome, waiting, problem = _attempt(outcome, waiting, sweep)
+        if problem is None:
+            continue
+        sweep.say(f"{label}: {problem}")
+        outcome = replace(outcome, lost=problem)
+        roomy = roomier(outcome.plan)
+        if _is_memory(problem) and outcome.plan != roomy:
+            note = f"opened again with {roomy.limits.kv_fraction:.0%} of the free memory for the cache: {problem}"[:300]
+            outcome = replace(outcome, plan=roomy, notes=(*outcome.notes, note))
+        elif outcome.opened_s is None:
+            outcome = _unrun(outcome, waiting, sweep, "the engine did not open")
+            break
+    sweep.saved(outcome)
+    return outcome
+
+
+def roomier(plan: BuildPlan) -> BuildPlan:
+    """The same with more memory left free beside the cache."""
+    return replace(plan, limits=replace(plan.limits, kv_fraction=min(plan.limits.kv_fraction, ROOMY_FRACTION)))
+
+
+def _is_memory(problem: str) -> bool:
+    return "out of memory" in problem.lower() or "not enough memory" in problem.lower()
+
+
+def _unrun(outcome: RowOutcome, cells: Sequence[CellPlan], sweep: Sweep, reason: str) -> RowOutcome:
+    outcome = replace(outcome, cells=(*outcome.cells, *not_run(outcome.plan, cells, sweep, reason)))
+    sweep.saved(outcome)
+    return outcome
+
+
+def _attempt(
+    outcome: RowOutcome, cells: Sequence[CellPlan], sweep: Sweep
+) -> tuple[RowOutcome, list[CellPlan], str | None]:
+    """Open the engine once and run cells until they end or it does: the outcome, the cells left, and what went wrong."""
+    (target,) = open_targets([dummy_bundle(sweep.work_dir, outcome.plan)], sweep.overrides)
     baseline = nvml_baseline() if target.device.startswith("cuda") else None
     started = time.monotonic()
-    left = sweep.left_s() - MARGIN_S
-    if left <= 0:
-        outcome = replace(outcome, cells=not_run(plan, cells, sweep, "no time was left to open the engine"))
-        sweep.saved(outcome)
-        return outcome
+    left_s = sweep.left_s() - MARGIN_S
     try:
-        timeouts = Timeouts(start_s=left, stall_s=left, close_s=10.0)
+        timeouts = Timeouts(start_s=left_s, stall_s=left_s, close_s=10.0)
         engine = RemoteEngine(target.path, target.overrides, opener=sweep.opener, timeouts=timeouts)
     except TrtkitError as error:
-        outcome = replace(outcome, lost=str(error), cells=not_run(plan, cells, sweep, "the engine did not open"))
-        sweep.saved(outcome)
-        return outcome
+        return replace(outcome, opened_s=None), list(cells), str(error)
     opened_s = time.monotonic() - started
-    notes = tuple(getattr(engine.info, "notes", ()))
+    notes = (*outcome.notes, *(note for note in engine.info.notes if note not in outcome.notes))
     outcome = replace(outcome, opened_s=opened_s, info=engine.info, notes=notes)
-    sweep.say(f"{label}: opened in {opened_s:.1f} s")
+    sweep.say(f"{outcome.label}: opened in {opened_s:.1f} s")
     with engine:
         return _Runner(engine, target, outcome, baseline, sweep).run(cells)
 
@@ -175,18 +215,14 @@ class _Runner:
         self._clocks = clock_gauge(baseline)
         self._slowness = _FIRST_GUESS
 
-    def run(self, cells: Sequence[CellPlan]) -> RowOutcome:
+    def run(self, cells: Sequence[CellPlan]) -> tuple[RowOutcome, list[CellPlan], str | None]:
         waiting = list(cells)
         while waiting:
-            cell = waiting.pop(0)
-            done = self._cell(cell)
+            done = self._cell(waiting.pop(0))
             self._add(done)
-            if done.not_run and done.not_run.startswith("engine"):
-                self._outcome = replace(self._outcome, lost=done.not_run)
-                for outcome in not_run(self._target.plan, waiting, self._sweep, "the engine was lost before it"):
-                    self._add(outcome)
-                break
-        return self._outcome
+            if done.not_run and done.not_run.startswith(LOST):
+                return self._outcome, waiting, done.not_run
+        return self._outcome, [], None
 
     def _add(self, outcome: CellOutcome) -> None:
         self._outcome = replace(self._outcome, cells=(*self._outcome.cells, outcome))
@@ -206,12 +242,14 @@ class _Runner:
             result = self._measure(cell)
         except TrtkitError as error:
             sweep.say(f"  {cell.name}: {error}")
-            return replace(planned, not_run=f"engine: {error}")
+            return replace(planned, not_run=f"{LOST}{error}")
         seconds = time.monotonic() - started
         if predicted_s > 0:
             self._slowness = max(1.1 * seconds / predicted_s, 0.5)
         running = max((repeat.kv.requests_peak for repeat in result.repeats), default=0)
-        planned = _planned(plan, cell, sweep, running or None)
+        # What ran at once is known now, so the floors are its own; the prediction stays what it was.
+        floors = _planned(plan, cell, sweep, running or None)
+        planned = replace(planned, floor_measured=floors.floor_measured, floor_datasheet=floors.floor_datasheet)
         told = one_line(result, rates=not sweep.rehearsal)
         sweep.say(f"  {cell.name}: {told} ({seconds:.0f} s)")
         return replace(planned, seconds=seconds, result=result, usd_per_million=price(result, sweep.usd_per_hour))

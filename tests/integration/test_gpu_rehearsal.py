@@ -73,14 +73,42 @@ def test_cells_that_would_not_end_in_time_are_listed_and_not_begun(
     assert all("would take" in cell.not_run for cell in row.cells if cell.name not in ran)
 
 
-def test_an_engine_that_dies_keeps_what_was_measured_and_tells_the_rest(tmp_path: Path) -> None:
+def test_an_engine_that_dies_keeps_what_was_measured_and_is_opened_again_for_the_rest(tmp_path: Path) -> None:
     (row,) = run(tmp_path, opener=DYING).rows
-    assert row.cells[0].result is not None
+    names = llama70b.ROWS["int8"].cells
+    assert tuple(cell.name for cell in row.cells) == names
     assert row.lost.startswith("engine:")
-    assert len(row.cells) == len(llama70b.ROWS["int8"].cells)
-    assert row.cells[-1].not_run == "the engine was lost before it"
+    measured = [cell.name for cell in row.cells if cell.result is not None]
+    lost = [cell.name for cell in row.cells if cell.not_run is not None]
+    assert measured == ["c1-isl512", "c1-isl4096"]
+    assert lost == [name for name in names if name not in measured]
     on_disk = read_record(tmp_path / llama70b.FILE_NAME, llama70b.KIND, llama70b.Record)
     assert on_disk.rows == (row,)
+
+
+def test_an_engine_short_of_memory_is_opened_once_more_with_a_smaller_cache(tmp_path: Path) -> None:
+    (row,) = run(tmp_path, opener="support.fake_dummy:open_greedy").rows
+    assert all(cell.result is not None for cell in row.cells)
+    assert row.plan.limits.kv_fraction == 0.7
+    assert "out of memory" in row.notes[0]
+    assert row.cells[0].result.engine.plan.limits.kv_fraction == 0.7
+
+
+def test_a_prediction_is_not_changed_by_what_came_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def numbers(_plan, _load, _limits, batch):
+        asked.append(batch)
+        value = Measured(value=float(len(asked)), unit="ms", source=Source.MODELED)
+        made = forecast.Numbers(batch=batch or 0, ttft_ms=None, step_ms=value, tps=value)
+        return made, made, made
+
+    monkeypatch.setattr("bench.gpu.sweep.cell_numbers", numbers)
+    monkeypatch.setattr("bench.gpu.sweep.cell_seconds", lambda *_args: 0.0)
+    (row,) = run(tmp_path, cells=["c8-isl512"]).rows
+    (cell,) = row.cells
+    assert asked == [None, 2]
+    assert (cell.prediction.batch, cell.floor_measured.batch) == (0, 2)
 
 
 def test_an_engine_that_never_opens_leaves_its_reason_and_the_next_row_runs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from support.fake_engine import FakeEngine, FakeScript, RealClock
 
 from trtkit.spec.bundle import open_bundle
+from trtkit.spec.errors import EngineError
 
 
 def open_scripted(path: Path, /, **_overrides: object) -> FakeEngine:
@@ -17,6 +18,13 @@ def open_scripted(path: Path, /, **_overrides: object) -> FakeEngine:
 def open_dying(path: Path, /, **_overrides: object) -> FakeEngine:
     """Dies in its first cell with more than one request in flight."""
     return FakeEngine(script_of(path, die_at_token=40), clock=RealClock())
+
+
+def open_greedy(path: Path, /, **_overrides: object) -> FakeEngine:
+    """Finds too little memory unless much is left free."""
+    if open_bundle(path).manifest.plan.limits.kv_fraction > 0.8:
+        raise EngineError("CUDA out of memory: tried to allocate 2.00 GiB")
+    return FakeEngine(script_of(path), clock=RealClock())
 
 
 def script_of(path: Path, **more: object) -> FakeScript:
