@@ -248,7 +248,7 @@ def _contiguous(batches: list[paged.PagedBatch], lengths: list[int], dtype: torc
 def dense_attention(queries: Tensor, batch: paged.PagedBatch, row: int, cached: int) -> tuple[Tensor, Tensor]:
     """Attention in float64, a head at a time; query i sees `cached + i + 1` slots. Output [R, Hq, D] and lse [R, Hq]."""
     count, heads, dim = queries.shape
-    keys, values = _gathered(batch, row, cached + count).to(torch.float64)
+    keys, values = _gathered(batch, row, cached + count).float().double()
     group = heads // keys.shape[0]
     hidden = torch.ones(count, cached + count, dtype=torch.bool, device=queries.device).triu(cached + 1)
     out = torch.empty(count, heads, dim, dtype=torch.float64, device=queries.device)

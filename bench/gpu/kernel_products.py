@@ -61,7 +61,10 @@ def quantise_rows(bench: Bench, tokens: int, inputs: int) -> None:
     def check() -> Pairs:
         quantised, scale = matmul.quantise_rows_fp8(inputs_TI[0])
         wide = inputs_TI[0].double()
-        return [(scale, wide.abs().amax(1, keepdim=True) / matmul.FP8_MAX), (quantised.double() * scale.double(), wide)]
+        return [
+            (scale, wide.abs().amax(1, keepdim=True) / matmul.FP8_MAX),
+            (quantised.float().double() * scale.double(), wide),
+        ]
 
     def torchs(index: int) -> tuple[Tensor, Tensor]:
         x_TI = inputs_TI[index % copies]
@@ -83,7 +86,7 @@ def reference(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None) -> Tensor
     wide, parts = x_TI.double(), []
     for start in range(0, weight_OI.shape[0], _CHANNELS_AT_ONCE):
         rows = slice(start, start + _CHANNELS_AT_ONCE)
-        part = wide @ weight_OI[rows].to(torch.float64).T
+        part = wide @ weight_OI[rows].float().double().T
         parts.append(part if scale_O is None else part * scale_O[rows].double())
     return torch.cat(parts, dim=1)
 

@@ -98,13 +98,14 @@ HOW = [
 ]
 
 
-def draw(rows, how, uniforms):
+def draw(rows, how, uniforms, **more):
     return sampling.sample_rows(
         rows,
         torch.tensor([one.temperature for one in how], dtype=torch.float64),
         torch.tensor([one.top_k for one in how], dtype=torch.int32),
         torch.tensor([one.top_p for one in how], dtype=torch.float64),
         torch.tensor(uniforms, dtype=torch.float64),
+        **more,
     )
 
 
@@ -115,6 +116,25 @@ def test_a_batch_draws_what_the_engine_draws_row_by_row(seed):
     result = draw(rows, HOW, [uniform(seed, index) for index in range(len(HOW))])
     assert result.dtype is torch.int32
     assert result.tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranking_no_more_tokens_than_top_k_asks_for_draws_the_same(dtype):
+    how = [
+        Sampling(),
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=2.0, top_k=9),
+        Sampling(temperature=0.7, top_k=8, top_p=0.6),
+    ] * 8
+    rows = (logits(len(how), 200, seed=4) * 2).to(dtype)
+    rows[5] = rows[6] = 0.0  # every logit a tie, also at the edge of top-k
+    rows[6, 3], rows[9, 2] = -0.0, float("nan")
+    uniforms = [uniform(1, index) for index in range(len(how))]
+    whole = draw(rows, how, uniforms)
+    assert draw(rows, how, uniforms, most=9).tolist() == whole.tolist()
+    assert draw(rows, how, uniforms, most=500).tolist() == whole.tolist()
+    assert whole[9] == sampling.NOT_A_NUMBER
+    assert len(set(whole.tolist())) > 10
 
 
 def test_draws_reach_both_ends_of_the_distribution():
