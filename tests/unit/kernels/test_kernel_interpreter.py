@@ -18,6 +18,8 @@ FILES = (
     "test_prefill_kernels.py",
     "test_ranking_kernels.py",
     "test_sampling_kernels.py",
+    "test_slots_kernels.py",
+    "../engine/device/test_eviction_kernels.py",
 )
 
 

@@ -273,14 +273,14 @@ class DeviceEviction:
         shape = (*watched.ledger.mass_LHC[layers].shape[:2], budget)
         if sequence not in self.failed:
             try:
-                keep = watched.policy.select(watched.ledger.shown(layers, live, num_tokens))
-                _check_form(keep, shape, self._storage.device)
+                shown = watched.ledger.shown(layers, live, num_tokens)
+                keep = _slots_of(watched.policy.select(shown), shape, self._storage.device)
             except Exception as error:  # noqa: BLE001 - a policy is anybody's code; its request ends, the batch goes on
                 self.failed[sequence] = f"KV policy failed: {type(error).__name__}: {error}"
             else:
                 self._verdicts.judge(watched.slot, sequence, keep, live)
                 return keep
-        return torch.arange(budget, device=self._storage.device).expand(shape)
+        return torch.arange(budget, device=self._storage.device).expand(shape).contiguous()
 
 
 def _ring_need(policy: EvictionPolicy) -> int:
@@ -288,9 +288,13 @@ def _ring_need(policy: EvictionPolicy) -> int:
     return {"none": 0, "all": RING_QUERIES, "last": policy.watch.window}[policy.watch.queries]
 
 
-def _check_form(keep: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Refuse what is no tensor of slots at all; the slots themselves are judged on the device."""
+def _slots_of(keep: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The answer as int64 slots that lie together, or a refusal of what is no tensor of slots at all.
+
+    The slots themselves are judged on the device.
+    """
     if tuple(keep.shape) != shape:
         raise EngineError(f"it kept {tuple(keep.shape)} slots instead of {shape}")
     if keep.device != device or keep.is_floating_point():
         raise EngineError(f"it answered with {keep.dtype} on {keep.device}, not with integers on {device}")
+    return keep.to(torch.int64).contiguous()
