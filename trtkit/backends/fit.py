@@ -1,16 +1,17 @@
-"""Will it fit? The least a plan needs on each device, by the checkpoint's own arithmetic, before any work is done.
+"""Will it fit? Asked of the planner (`trtkit.plan.memory`), so that `build` and `plan` never disagree, before any work.
 
-Counts weights and the KV cache of one longest request; activations and the runtime come on top, so a plan that passes
-may still be tight. `trtkit plan` models those too.
+Counts weights and the KV cache of one longest request by the checkpoint's own arithmetic, and activations and the runtime
+as the planner models them. A request whose cache is evicted still holds its budget and one step's tokens at its peak.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from trtkit.plan.memory import MemoryPlan, Placement, memory_lines, plan_memory, rank_block_bytes
 from trtkit.spec.catalog import gpu_spec
-from trtkit.spec.checkpoint import checkpoint_tensors, kv_heads_per_rank
 from trtkit.spec.errors import CapacityError
+from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.plan import BuildPlan, Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.spec.units import format_gib
@@ -18,17 +19,21 @@ from trtkit.spec.units import format_gib
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """Modeled bytes per device. `device_bytes` is None where the memory is not known.
+    """Bytes per device. `device_bytes` is None where the memory is not known; weights and KV are exact.
 
-    `min_kv_tokens` is what one request of `max_seq_len` keeps at its peak under the plan's KV policy.
+    `min_kv_tokens` is what one request of `max_seq_len` keeps at its peak under the plan's KV policy; `working_bytes`
+    are activations and runtime, modeled; `missing_bytes` is by how much the device is too small for one such request
+    (or for the pool asked for), 0 if it fits or its memory is not known.
     """
 
     devices: int
     weight_bytes: int
+    working_bytes: int
     kv_bytes_per_token: int
     min_kv_tokens: int
     kv_pool_bytes: int | None
     device_bytes: int | None
+    missing_bytes: int
 
     @property
     def min_kv_bytes(self) -> int:
@@ -37,33 +42,54 @@ class Sizes:
 
     @property
     def needed_bytes(self) -> int:
-        """Weights and the KV cache asked for, at least that of one longest request."""
-        return self.weight_bytes + max(self.min_kv_bytes, self.kv_pool_bytes or 0)
-
-    @property
-    def missing_bytes(self) -> int:
-        """By how much the device is too small; 0 if it fits or its memory is not known."""
-        return 0 if self.device_bytes is None else max(0, self.needed_bytes - self.device_bytes)
+        """Weights, working memory and the KV cache asked for, at least that of one longest request."""
+        return self.weight_bytes + self.working_bytes + max(self.min_kv_bytes, self.kv_pool_bytes or 0)
 
 
 def sizes(plan: BuildPlan) -> Sizes:
     """What a plan needs. The embedded engine merges all ranks on one device; the others hold one rank each."""
-    merged = plan.target == "embedded"
-    parallel = Parallelism() if merged else plan.parallel
-    weights = max(
-        sum(tensor.num_bytes for tensor in checkpoint_tensors(plan.model, plan.quant, parallel, pp_rank=stage))
-        for stage in range(parallel.pp)
-    )
-    layers = plan.model.num_layers // parallel.pp
-    heads = kv_heads_per_rank(plan.model, parallel.tp)
+    placement = _placement(plan)
+    memory = _memory(plan, placement)
     return Sizes(
-        devices=parallel.world_size,
-        weight_bytes=weights,
-        kv_bytes_per_token=2 * layers * heads * plan.model.head_dim * plan.quant.kv.bits // 8,
-        min_kv_tokens=_min_kv_tokens(plan),
+        devices=placement.parallel.world_size,
+        weight_bytes=memory.weight_bytes,
+        working_bytes=memory.activation_bytes + memory.runtime_bytes,
+        kv_bytes_per_token=rank_block_bytes(placement) // plan.limits.tokens_per_block,
+        min_kv_tokens=memory.sequence_tokens,
         kv_pool_bytes=plan.limits.kv_memory_bytes,
-        device_bytes=gpu_spec(plan.gpu).memory_bytes or None,
+        device_bytes=memory.device_bytes or None,
+        missing_bytes=memory.missing_bytes if memory.device_bytes else 0,
     )
+
+
+def memory_table(plan: BuildPlan) -> list[str]:
+    """One device's memory as the planner lays it out, in lines."""
+    return memory_lines(plan_memory(_placement(plan)))
+
+
+def _placement(plan: BuildPlan) -> Placement:
+    return Placement(
+        model=plan.model,
+        gpu=gpu_spec(plan.gpu),
+        quant=plan.quant,
+        policy=plan.kv,
+        parallel=Parallelism() if plan.target == "embedded" else plan.parallel,
+        limits=plan.limits,
+    )
+
+
+def _memory(plan: BuildPlan, placement: Placement) -> MemoryPlan:
+    """The planner's answer for one request at its peak; between two steps an evicted cache is smaller."""
+    if plan.kv.is_full:
+        return plan_memory(placement, sequence_tokens=_whole_blocks(plan, plan.limits.max_seq_len))
+    budget = plan.kv.resolved(plan.limits.max_seq_len).budget or plan.limits.max_seq_len
+    peak = min(plan.limits.max_seq_len, budget + plan.limits.max_num_tokens)
+    return plan_memory(replace(placement, policy=KVPolicySpec()), sequence_tokens=_whole_blocks(plan, peak))
+
+
+def _whole_blocks(plan: BuildPlan, tokens: int) -> int:
+    block = plan.limits.tokens_per_block
+    return -(-tokens // block) * block
 
 
 def check_fit(plan: BuildPlan) -> Sizes:
@@ -82,18 +108,20 @@ def check_fit(plan: BuildPlan) -> Sizes:
         )
     if not found.missing_bytes:
         return found
+    cache = max(found.min_kv_bytes, found.kv_pool_bytes or 0)
     raise CapacityError(
-        f"{plan.name}: needs {format_gib(found.weight_bytes)} of weights and "
-        f"{format_gib(found.needed_bytes - found.weight_bytes)} of KV cache on each device, {plan.gpu} has "
+        f"{plan.name}: needs {format_gib(found.weight_bytes)} of weights, {format_gib(found.working_bytes)} to work in "
+        f"(modeled) and {format_gib(cache)} of KV cache on each device, {plan.gpu} has "
         f"{format_gib(found.device_bytes or 0)}: {format_gib(found.missing_bytes)} too much; {_what_fits(plan, found)}"
     )
 
 
 def _what_fits(plan: BuildPlan, found: Sizes) -> str:
-    spare = (found.device_bytes or 0) - found.weight_bytes
-    tokens = spare // found.kv_bytes_per_token if spare > 0 else 0
-    if tokens >= plan.limits.tokens_per_block and found.kv_pool_bytes is None:
-        return f"--max-seq-len {tokens // plan.limits.tokens_per_block * plan.limits.tokens_per_block} would fit"
+    block = plan.limits.tokens_per_block
+    free = (found.device_bytes or 0) - found.weight_bytes - found.working_bytes
+    tokens = int(max(free, 0) * plan.limits.kv_fraction) // found.kv_bytes_per_token // block * block
+    if tokens >= block and found.kv_pool_bytes is None:
+        return f"--max-seq-len {tokens} would fit"
     fitting = [text for text, other in _alternatives(plan) if not sizes(other).missing_bytes]
     return f"{' or '.join(fitting[:2])} would fit" if fitting else "nothing this toolkit knows would fit"
 
@@ -102,7 +130,7 @@ def _alternatives(plan: BuildPlan) -> list[tuple[str, BuildPlan]]:
     """Neighbouring plans, cheapest change first."""
     kv_free = replace(plan, limits=replace(plan.limits, kv_memory_bytes=None))
     narrower = replace(kv_free, quant=quant_for("int8"))
-    choices = [("less --kv-memory", kv_free)]
+    choices = [("less --kv-memory", kv_free)] if plan.limits.kv_memory_bytes is not None else []
     if plan.quant.weights.bits > 8:
         choices.append(("--precision int8", narrower))
     if plan.target != "embedded":
@@ -111,12 +139,3 @@ def _alternatives(plan: BuildPlan) -> list[tuple[str, BuildPlan]]:
                 parallel = replace(plan.parallel, tp=tp)
                 choices.append((f"--tp {tp}", replace(kv_free, parallel=parallel)))
     return choices
-
-
-def _min_kv_tokens(plan: BuildPlan) -> int:
-    longest = plan.limits.max_seq_len
-    if not plan.kv.is_full:
-        budget = plan.kv.resolved(longest).budget or longest
-        longest = min(longest, budget + plan.limits.max_num_tokens)
-    block = plan.limits.tokens_per_block
-    return -(-longest // block) * block

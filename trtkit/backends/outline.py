@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtkit.backends.build import engine_path
-from trtkit.backends.fit import Sizes, check_fit
+from trtkit.backends.build_time import expected_seconds, in_words
+from trtkit.backends.fit import Sizes, check_fit, memory_table
 from trtkit.spec.bundle import MANIFEST_NAME, EngineBundle
 from trtkit.spec.checkpoint import rank_file
 from trtkit.spec.directory import partial_directory
 from trtkit.spec.kv import KVFidelity
+from trtkit.spec.measured import Measured
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.quant import GPTQ_INT8
 from trtkit.spec.units import format_gib
@@ -27,7 +29,7 @@ class Outline:
     """A plan, where its engine would go, its modeled sizes, the steps in order and the commands that others run.
 
     `engine_bytes` is the weights' share of what `trtllm-build` would write, None for the other targets; `build_seconds`
-    is None: nobody has published how long these builds take, and none was run here.
+    is how long it will take, None where nothing is known.
     """
 
     plan: BuildPlan
@@ -40,7 +42,7 @@ class Outline:
     engine_bytes: int | None = None
     fidelity: KVFidelity = KVFidelity.EXACT
     adjusted: tuple[str, ...] = ()
-    build_seconds: float | None = None
+    build_seconds: Measured | None = None
 
 
 def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) -> Outline:
@@ -84,6 +86,7 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
         ),
         commands=_commands(plan, output),
         engine_bytes=found.weight_bytes * plan.parallel.world_size if plan.target == "tensorrt" else None,
+        build_seconds=expected_seconds(plan, out_dir, found.weight_bytes * found.devices),
         fidelity=fidelity,
         adjusted=tuple(f"{rule.says} [{rule.source}]" for rule in broken(plan) if rule.adjusts),
     )
@@ -109,6 +112,7 @@ def pytorch_outline(
             "write llm_args.json",
             f"write {MANIFEST_NAME} and rename to {output.name}",
         ),
+        build_seconds=expected_seconds(plan, out_dir, size),
         fidelity=fidelity,
         adjusted=notes,
     )
@@ -150,25 +154,24 @@ def render(outlined: Outline) -> str:
     plan, found = outlined.plan, outlined.sizes
     limits = plan.limits
     pool = "sized at start" if found.kv_pool_bytes is None else format_gib(found.kv_pool_bytes)
-    device = "memory unknown" if found.device_bytes is None else format_gib(found.device_bytes)
     lines = [
         f"{outlined.output}",
         f"  model      {plan.model.name} ({plan.model.num_params:,} parameters)",
         f"  precision  {plan.quant.precision}: weights {plan.quant.weights.value}, compute {plan.quant.compute.value}, "
         f"KV {plan.quant.kv.value}",
-        f"  target     {plan.target} on {plan.gpu}, tp {plan.parallel.tp}, KV policy {plan.kv.label}",
+        f"  target     {plan.target} on {plan.gpu}, tp {plan.parallel.tp}, pp {plan.parallel.pp}, KV policy {plan.kv.label}",
         f"  limits     {limits.max_batch_size} requests, {limits.max_num_tokens} tokens a step, "
         f"{limits.max_seq_len} tokens a request",
-        f"  memory     weights {format_gib(found.weight_bytes)}, one longest request's KV "
-        f"{format_gib(found.min_kv_bytes)}, KV pool {pool}; {plan.gpu} has {device} (modeled, per device)",
+        f"  memory     per device; one longest request's KV {format_gib(found.min_kv_bytes)}, KV pool {pool}",
     ]
+    lines += [f"    {line}" for line in memory_table(plan)]
     lines += [f"  {number}. {step}" for number, step in enumerate(outlined.steps, 1)]
     lines += [f"  note       {text}" for text in outlined.adjusted]
     if outlined.fidelity is not KVFidelity.EXACT:
         lines.append(f"  KV policy  carried out as {outlined.fidelity.value}, not as {plan.kv.kind}")
     lines += [f"  $ {command}" for command in outlined.commands]
     if outlined.engine_bytes is not None:
-        lines.append(
-            f"  engine     about {format_gib(outlined.engine_bytes)} (modeled); build time not known (never run)"
-        )
+        lines.append(f"  engine     about {format_gib(outlined.engine_bytes)} (modeled)")
+    if plan.load_format != "dummy":
+        lines.append(f"  time       {in_words(outlined.build_seconds)}")
     return "\n".join(lines)

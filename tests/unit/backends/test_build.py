@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from trtkit.backends.build import build_engine
 from trtkit.backends.fit import check_fit, sizes
 from trtkit.backends.outline import outline, render
 from trtkit.backends.recipe import DEFAULT_MODEL, BuildOptions, engine_name, load_recipe, make_plan, parse_bytes
+from trtkit.plan.memory import Placement, plan_memory
 from trtkit.spec.bundle import open_bundle
-from trtkit.spec.catalog import model_preset
+from trtkit.spec.catalog import gpu_spec, model_preset
 from trtkit.spec.errors import CapacityError, InputError, MissingDependencyError, OutputError, UsageError
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
@@ -104,7 +106,9 @@ def test_llama_3_70b_in_fp16_misses_one_h100_by_the_arithmetic() -> None:
     found = sizes(big_plan())
     assert found.weight_bytes == 70_553_706_496 * 2
     assert found.kv_bytes_per_token == 327_680
-    with pytest.raises(CapacityError, match=r"54\.27 GiB too much; --precision int8 or --tp 2 would fit"):
+    with pytest.raises(
+        CapacityError, match=r"2\.50 GiB of KV.*: 59\.24 GiB too much; --precision int8 or --tp 2 would fit"
+    ):
         check_fit(big_plan())
 
 
@@ -120,6 +124,27 @@ def test_a_context_that_would_fit_is_offered() -> None:
         check_fit(big_plan(quant=quant_for("int8"), limits=limits))
 
 
+@pytest.mark.parametrize("max_seq_len", [8192, 20_000, 22_000, 24_000, 30_000, 60_000])
+@pytest.mark.parametrize("precision", ["int8", "fp8-rowwise", "int4-awq"])
+def test_build_and_plan_agree_on_what_fits_one_h100(precision: str, max_seq_len: int) -> None:
+    limits = Limits(max_seq_len=max_seq_len, max_batch_size=4)
+    plan = big_plan(quant=quant_for(precision), limits=limits)
+    planned = plan_memory(
+        Placement(
+            model=plan.model, gpu=gpu_spec(plan.gpu), quant=plan.quant, policy=plan.kv, parallel=plan.parallel,
+            limits=limits,
+        )
+    )  # fmt: skip
+    assert sizes(plan).missing_bytes == planned.missing_bytes
+    if planned.fits:
+        check_fit(plan)
+        return
+    with pytest.raises(CapacityError, match=r"--max-seq-len \d+ would fit") as caught:
+        check_fit(plan)
+    offered = int(re.findall(r"--max-seq-len (\d+)", str(caught.value))[0])
+    check_fit(dataclasses.replace(plan, limits=dataclasses.replace(limits, max_seq_len=offered)))
+
+
 def test_a_pool_below_one_request_is_refused() -> None:
     limits = Limits(max_seq_len=8192, kv_memory_bytes=1 << 20)
     with pytest.raises(CapacityError, match="one request of 8192 tokens"):
@@ -133,8 +158,9 @@ def test_an_evicting_policy_needs_less_for_its_longest_request() -> None:
     assert (full.min_kv_tokens, evicting.min_kv_tokens) == (8192, 2048)
 
 
-def test_the_outline_names_sizes_and_steps() -> None:
-    text = render(outline(big_plan(parallel=Parallelism(tp=2)), Path("builds")))
+def test_the_outline_names_sizes_and_steps(tmp_path: Path) -> None:
+    text = render(outline(big_plan(parallel=Parallelism(tp=2)), tmp_path))
+    assert "(assumed: trtllm-build alone, from published logs" in text
     assert [w for w in ("65.71 GiB", "rank1.safetensors", "big.engine", "70,553,706,496") if w not in text] == []
 
 
