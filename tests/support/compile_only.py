@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -41,11 +42,18 @@ class Compiled:
     sass: str
 
 
-def compiled_rows(families: Sequence[str], capabilities: Sequence[int] = (90, 80)) -> list[Compiled]:
-    """Compile every case of `families` in a fresh process. A case lives in `support/compile_FAMILY_cases.py`."""
+def compiled_rows(
+    families: Sequence[str], capabilities: Sequence[int] = (90, 80), *, extra_path: Path | None = None
+) -> list[Compiled]:
+    """Compile every case of `families` in a fresh process.
+
+    A case lives in `support/compile_FAMILY_cases.py`, in a module `compile_FAMILY_cases` under `extra_path` if given.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
-    environment["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), str(root), environment.get("PYTHONPATH", "")])
+    path = [str(extra_path)] if extra_path else []
+    path += [str(root / "tests"), str(root), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "support.compile_only", *families, *(f"sm_{number}" for number in capabilities)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -97,15 +105,17 @@ def compile_only(capability: int = 90, *, all_configs: bool = False, sass: bool 
 
 
 def run_cases(families: Sequence[str], capabilities: Sequence[int], *, sass: bool = False) -> Iterator[Compiled]:
-    """Every kernel of every case of `families`, in this process."""
+    """Every kernel of every case of `families`, in this process; for older GPUs an autotuned kernel's first tile only."""
     from dataclasses import replace
 
     for family in families:
-        cases: dict[str, Callable[[], object]] = importlib.import_module(f"support.compile_{family}_cases").CASES
+        name = f"compile_{family}_cases"
+        own = importlib.util.find_spec(name) is None
+        cases: dict[str, Callable[[], object]] = importlib.import_module(f"support.{name}" if own else name).CASES
         for capability in capabilities:
             for name, call in cases.items():
                 started = time.perf_counter()
-                with compile_only(capability, all_configs=True, sass=sass) as found:
+                with compile_only(capability, all_configs=capability >= 90, sass=sass) as found:
                     call()
                 spent_s = time.perf_counter() - started
                 sys.stderr.write(f"{family}: {name}, sm_{capability}: {len(found)} kernels in {spent_s:.1f} s\n")

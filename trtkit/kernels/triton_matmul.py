@@ -37,8 +37,8 @@ from trtkit.kernels.triton_widen import widen
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INTERPRETED_TILE = Tile(outputs=32, inputs=64, stages=1, warps=4)
-_SMALL_PROGRAM_REGISTERS = 248
-"""For programs of two warps: all a thread can have, lest the assembler spills to fit more programs on an SM."""
+_REGISTERS = {2: 248, 4: 248}
+"""By warps of a program, what a thread may have: without it the assembler spills to fit more programs on an SM."""
 
 
 def linear(
@@ -167,9 +167,8 @@ def _kind(weight_OI: Tensor) -> tuple[str, Tensor]:
 
 
 def _configuration(tile: Tile) -> triton.Config:
-    registers = _SMALL_PROGRAM_REGISTERS if tile.warps == 2 else None
     shape = {"BO": tile.outputs, "BI": tile.inputs, "STAGES": tile.stages, "WARPS": tile.warps}
-    return triton.Config(shape, num_warps=tile.warps, maxnreg=registers)
+    return triton.Config(shape, num_warps=tile.warps, maxnreg=_REGISTERS.get(tile.warps))
 
 
 def _configurations() -> list[triton.Config]:

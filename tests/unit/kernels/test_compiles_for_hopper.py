@@ -1,6 +1,6 @@
 """Every kernel compiles for the GPUs we mean, without spilling and within their shared memory. No GPU is needed.
 
-A family's calls stand in `tests/support/compile_FAMILY_cases.py`; a new family needs a row in `FAMILIES`.
+Every tile that may be chosen is compiled for Hopper, the first one for Ampere. A family's calls stand in `tests/support/compile_FAMILY_cases.py`; a new family needs a row in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,20 @@ from functools import cache
 import pytest
 from support.compile_only import SHARED_LIMIT_BYTES, compiled_rows
 
-FAMILIES = ["matmul"]
+from trtkit.kernels import dispatch
+
+FAMILIES = ["matmul", "fused", "sampling", "paged", "ranking", "probe"]
+
+SPILLING = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def _too_much(x, SIZE: tl.constexpr):
+    values = tl.load(x + tl.arange(0, SIZE))
+    tl.store(x + tl.arange(0, SIZE), values / tl.sum(values, 0))
+
+CASES = {"too much": lambda: _too_much[(1,)](torch.empty(16384), SIZE=16384, num_warps=1)}
+"""
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -19,6 +32,17 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 @cache
 def rows_of(family):
     return compiled_rows([family])
+
+
+def test_families_of_the_dispatch_are_all_compiled():
+    assert set(dispatch.FAMILIES) <= set(FAMILIES)
+
+
+def test_a_kernel_that_spills_is_seen(tmp_path):
+    """What the other tests rely on: a kernel with more live numbers than registers reports its stack."""
+    (tmp_path / "compile_spilling_cases.py").write_text(SPILLING, encoding="utf-8")
+    rows = compiled_rows(["spilling"], [90], extra_path=tmp_path)
+    assert rows[0].stack_bytes > 0 or rows[0].local_bytes > 0
 
 
 @pytest.mark.slow
