@@ -119,7 +119,7 @@ class Session:
         if not args.rehearse and not torch.cuda.is_available():
             raise SystemExit("no CUDA device here; --rehearse runs the same calls on a CPU, without rates")
         self.rehearsal = bool(args.rehearse)
-        self.device = torch.device("cpu" if self.rehearsal else "cuda")
+        self.device = _device(rehearsal=self.rehearsal)
         self.kind, self.out, self._args = kind, Path(args.out), args
         self._started, self._limit_s = time.monotonic(), float(args.time_limit_s)
         self.generator = torch.Generator(device=self.device).manual_seed(args.seed)
@@ -327,6 +327,10 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def plain(row: Any) -> dict[str, Any]:
     """A row's fields by name, for tables."""
     return dataclasses.asdict(row)
+
+
+def _device(*, rehearsal: bool) -> torch.device:
+    return torch.device("cpu" if rehearsal else "cuda")
 
 
 def _survivable() -> tuple[type[Exception], ...]:

@@ -248,23 +248,27 @@ def _clocks(found: Clocks) -> str:
     )
 
 
-def main() -> None:
-    """Run the items, most important first."""
-    session = Session(KIND, arguments(__doc__, time_limit_s=60).parse_args(), ProbeRow)
-    probe = Probe(session)
-    tokens = (4096, 512)
-    session.items([
+def items(probe: Probe) -> list[tuple[str, float, Callable[[], object]]]:
+    """What to measure, most important first, with the seconds each may need."""
+    many, few = 4096, 512
+    return [
         ("read", 8, probe.read),
         ("bf16 square", 3, lambda: probe.squares(DType.BF16)),
         ("fp8 square", 3, lambda: probe.squares(DType.FP8)),
         ("overheads", 2, probe.overheads),
-        ("bf16 70B, 4096 tokens", 4, lambda: probe.shapes(DType.BF16, tokens[0])),
-        ("fp8 70B, 4096 tokens", 6, lambda: probe.shapes(DType.FP8, tokens[0])),
+        ("bf16 70B, 4096 tokens", 4, lambda: probe.shapes(DType.BF16, many)),
+        ("fp8 70B, 4096 tokens", 6, lambda: probe.shapes(DType.FP8, many)),
         ("copy", 3, probe.copy),
-        ("bf16 70B, 512 tokens", 4, lambda: probe.shapes(DType.BF16, tokens[1])),
-        ("fp8 70B, 512 tokens", 6, lambda: probe.shapes(DType.FP8, tokens[1])),
+        ("bf16 70B, 512 tokens", 4, lambda: probe.shapes(DType.BF16, few)),
+        ("fp8 70B, 512 tokens", 6, lambda: probe.shapes(DType.FP8, few)),
         ("fp16 square", 3, lambda: probe.squares(DType.FP16)),
-    ])  # fmt: skip
+    ]
+
+
+def main() -> None:
+    """Run the items."""
+    session = Session(KIND, arguments(__doc__, time_limit_s=60).parse_args(), ProbeRow)
+    session.items(items(Probe(session)))
     session.finish(lines_of(session))
 
 

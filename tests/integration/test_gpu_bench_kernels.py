@@ -9,11 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench.gpu as bench_package
 from bench.gpu import common, kernel_bench, kernels, probe
 from trtkit.spec.dtype import DType
 from trtkit.spec.measured import Measured, Source
@@ -203,6 +205,75 @@ class PretendedGpu:
                 raise RuntimeError("operation not permitted when stream is capturing\nmore")
         finally:
             self.graph = None
+
+
+@pytest.fixture
+def measuring(tmp_path, monkeypatch):
+    """A session that believes to measure: a CPU that poses as a GPU on whose clock every replayed graph takes 1 us."""
+    gpu = PretendedGpu(monkeypatch)
+    for name, value in {
+        "is_available": lambda: True, "get_device_name": lambda *_: "NVIDIA H100 80GB HBM3", "empty_cache": lambda: None,
+        "get_device_properties": lambda *_: types.SimpleNamespace(L2_cache_size=4096),
+        "mem_get_info": lambda: (1 << 20, 1 << 20),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(common, "_device", lambda **_: torch.device("cpu"))
+    monkeypatch.setattr(common, "clocks", lambda **_: common.Clocks())
+    monkeypatch.setattr(probe, "clocks", lambda **_: common.Clocks())
+    monkeypatch.setattr(common, "_LAUNCH_BOUND_CALLS", 4)
+
+    def elapsed(run):
+        run()
+        gpu.now_us += 1000.0
+        return 1000.0
+
+    monkeypatch.setattr(common, "_elapsed_us", elapsed)
+    return lambda kind: session_for(tmp_path, kind, rehearse=False)
+
+
+def test_every_item_runs_as_on_a_gpu(measuring):
+    session = measuring("gpu-kernels")
+    limits = {"read_bytes_s": rate(3e12), "matmul_flops_s.bf16": rate(7e14), "matmul_flops_s.fp8": rate(14e14)}
+    bench = kernel_bench.Bench(
+        session=session, scale=kernel_bench.TINY, limits=limits,
+        datasheet=kernel_bench.datasheet_limits(session.record.gpu),
+    )  # fmt: skip
+    session.items(kernels.items(bench))
+    assert session.record.notes == session.record.not_run == []
+    assert len(session.record.rows) == len(kernels.items(bench))
+    for row in session.record.rows:
+        assert row.ok, row
+        assert row.timing is not None
+        assert row.share is not None
+        assert row.share_datasheet is not None
+        assert "failed" not in row.note
+        assert (row.torch_timing is None) == (row.torch_name == "")
+    session.finish(kernels.lines_of(session))
+    assert kernel_bench.probed_limits(session.out) == {}
+
+
+def test_every_ceiling_is_measured_as_on_a_gpu(measuring, monkeypatch):
+    pretended = types.SimpleNamespace(
+        READ_SHAPES=((64, 4, 2), (128, 4, 1)), reads_right=lambda _: True, nothing=lambda _: None,
+        read_all=lambda source, _, **shape: source.sum(),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "bench.gpu.probe_kernels", pretended)
+    monkeypatch.setattr(bench_package, "probe_kernels", pretended, raising=False)
+    monkeypatch.setattr(probe, "READ_BYTES", 1 << 16)
+    monkeypatch.setattr(probe, "SQUARE", 32)
+    monkeypatch.setattr(probe, "MATRICES", {"qkv": (48, 32)})
+    monkeypatch.setattr(probe.Probe, "_round_trip", lambda *_: None)  # pinned memory needs a driver
+    session = measuring("gpu-probe")
+    session.items(probe.items(probe.Probe(session)))
+    assert session.record.notes == session.record.not_run == []
+    assert set(session.record.limits) == {
+        "read_bytes_s", "copy_bytes_s", "matmul_flops_s.bf16", "matmul_flops_s.fp16", "matmul_flops_s.fp8", "launch_s",
+        "graph_node_s",
+    }  # fmt: skip
+    assert all(row.value and row.value > 0 for row in session.record.rows)
+    lines = probe.lines_of(session)
+    assert lines[0].startswith("probe on NVIDIA H100 80GB HBM3")
+    assert len(lines) <= 12
 
 
 def test_short_calls_are_timed_in_a_graph_over_all_rotating_inputs(monkeypatch):
