@@ -22,98 +22,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu import sources
-from bench.gpu.memory import fits, memory_rows, most_in_flight
-from bench.gpu.sweep import CellPlan, RowOutcome, Sweep, run_row
+from bench.gpu.memory import fits, memory_rows
+from bench.gpu.rows import ROWS, Scale, cell_plan, default_rows, plan_of, real_scale, rehearsal_scale
+from bench.gpu.sweep import RowOutcome, Sweep, run_row
 from trtkit.backends.remote import DEFAULT_OPENER
 from trtkit.plan.names import gpu_word
 from trtkit.plan.prices import load_prices
-from trtkit.spec.catalog import gpu_spec, model_preset
+from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.codec import read_record, write_record
-from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, TrtkitError, UsageError
-from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.measured import Measured
-from trtkit.spec.model import ModelSpec
-from trtkit.spec.plan import BuildPlan, Limits
-from trtkit.spec.quant import quant_for
-from trtkit.spec.workload import Workload
 
 KIND = "gpu-llama70b"
 FILE_NAME = "llama70b.json"
-OSL = 256
-LIMITS = Limits(max_batch_size=32, max_num_tokens=4096, max_seq_len=4352, kv_fraction=0.92)
-# H2O's rings are held for every place of the batch, so its limit is the batch that is worth having at each length.
-SHORT, LONG = replace(LIMITS, max_batch_size=48), replace(LIMITS, max_batch_size=16)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One configuration of the table. `cells` are the ones it is about, most important first."""
-
-    label: str
-    precision: str
-    cells: tuple[str, ...]
-    kv: str = "full"
-    kv_dtype: DType | None = None
-    limits: Limits = LIMITS
-
-
-ROWS: dict[str, Row] = {
-    "int8": Row(
-        label="INT8",
-        precision="int8",
-        cells=("c1-isl512", "c32-isl512", "c1-isl4096", "c8-isl512", "c32-isl4096", "c8-isl4096"),
-    ),
-    "int8-h2o": Row(
-        label="INT8 + H2O 50% + tuned batching (48)",
-        precision="int8",
-        kv="h2o:50%",
-        limits=SHORT,
-        cells=("c32-isl512", "c48-isl512", "c1-isl512", "c1-isl4096", "c8-isl512", "c32-isl4096"),
-    ),
-    "int8-h2o-long": Row(
-        label="INT8 + H2O 50% + tuned batching (16)",
-        precision="int8",
-        kv="h2o:50%",
-        limits=LONG,
-        cells=("c32-isl4096", "c8-isl4096"),
-    ),
-    "fp8": Row(
-        label="FP8",
-        precision="fp8-rowwise",
-        cells=("c1-isl4096", "c32-isl512", "c1-isl512", "c8-isl512", "c32-isl4096", "c8-isl4096"),
-    ),
-    "int8-kv8": Row(
-        label="INT8 + FP8 KV",
-        precision="int8",
-        kv_dtype=DType.FP8,
-        cells=("c32-isl4096", "c32-isl512", "c1-isl512", "c1-isl4096", "c8-isl512", "c8-isl4096"),
-    ),
-    "int8-tuned": Row(
-        label="INT8 + tuned batching (48)",
-        precision="int8",
-        limits=SHORT,
-        cells=("c48-isl512",),
-    ),
-    "fp16": Row(
-        label="FP16",
-        precision="fp16",
-        cells=("c1-isl512", "c32-isl512", "c1-isl4096", "c8-isl512", "c8-isl4096"),
-    ),
-}
-CORE_ROWS = ("int8",)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scale:
-    """The real size, or a rehearsal's: model, lengths by name, concurrency by name."""
-
-    model: ModelSpec
-    isl: Mapping[str, int]
-    concurrency: Mapping[str, int]
-    osl: int
-    gpu: str
-    rehearsal: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,82 +44,6 @@ class Record:
     rehearsal: bool
     gpu: str
     rows: tuple[RowOutcome, ...] = ()
-
-
-def real_scale(gpu: str) -> Scale:
-    return Scale(
-        model=model_preset("llama-3-70b"),
-        isl={"isl512": 512, "isl4096": 4096},
-        concurrency={f"c{n}": n for n in (1, 8, 32, 48)},
-        osl=OSL,
-        gpu=gpu,
-        rehearsal=False,
-    )
-
-
-def rehearsal_scale() -> Scale:
-    """Two layers, four query heads for each KV head, and lengths at which H2O still evicts."""
-    model = ModelSpec(
-        name="llama-3-70b-rehearsal",
-        architecture="LlamaForCausalLM",
-        num_layers=2,
-        hidden_size=64,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        vocab_size=512,
-        max_position_embeddings=512,
-        bos_id=1,
-        eos_ids=(2,),
-    )
-    return Scale(
-        model=model,
-        isl={"isl512": 32, "isl4096": 96},
-        concurrency={"c1": 1, "c8": 2, "c32": 3, "c48": 4},
-        osl=24,
-        gpu="cpu",
-        rehearsal=True,
-    )
-
-
-def plan_of(key: str, scale: Scale) -> BuildPlan:
-    """The build plan of one row."""
-    row = ROWS[key]
-    compute = DType.FP32 if scale.rehearsal else None
-    quant = quant_for("fp32" if scale.rehearsal and row.precision == "fp16" else row.precision, compute=compute)
-    limits = row.limits
-    if scale.rehearsal:
-        longest = max(scale.isl.values()) + scale.osl
-        limits = Limits(
-            max_batch_size=4, max_num_tokens=64, max_seq_len=longest, tokens_per_block=8, kv_memory_bytes=4 << 20
-        )
-    return BuildPlan(
-        name=f"{scale.model.name}-{key}",
-        model=scale.model,
-        model_source="random",
-        gpu=scale.gpu,
-        quant=quant if row.kv_dtype is None else quant.with_kv(row.kv_dtype),
-        kv=parse_kv_policy(row.kv),
-        limits=limits,
-        load_format="dummy",
-    )
-
-
-def cell_plan(name: str, scale: Scale) -> CellPlan:
-    """One round of requests a repeat: with the same number in flight as asked, every request sees the full batch.
-
-    Three repeats give an interval; the largest cell, a minute each, is run once.
-    """
-    load, _, length = name.partition("-")
-    if load not in scale.concurrency or length not in scale.isl:
-        known = ", ".join(sorted({cell for row in ROWS.values() for cell in row.cells}))
-        raise UsageError(f"unknown cell {name!r}: there are {known}")
-    count = scale.concurrency[load]
-    tokens = count * scale.isl[length]
-    repeats = 1 if scale.rehearsal or tokens > 64 * 1024 else 2 if tokens > 16 * 1024 and count != 32 else 3
-    workload = Workload(isl=scale.isl[length], osl=scale.osl, num_requests=count, concurrency=count)
-    return CellPlan(name=name, workload=workload, repeats=repeats, warmup=min(count, 2))
 
 
 def detect_gpu() -> str:
@@ -224,18 +69,6 @@ def limits_from(path: Path | None, gpu: str) -> Mapping[str, Measured]:
 
     found = probe_limits(path) if path is not None else {}
     return found or ({} if gpu == "cpu" else measured_limits("cuda"))
-
-
-def default_rows(scale: Scale) -> list[str]:
-    """Every row whose weights and one longest request fit: INT8, FP16 where it does (an H200's own row), the others.
-
-    The small batch of H2O is for a card whose memory the large one's rings would take from the caches.
-    """
-    plans = {key: plan_of(key, scale) for key in ROWS}
-    wide = [key for key in ("fp16",) if fits(plans[key]) and not scale.rehearsal]
-    roomy = (most_in_flight(plans["int8-h2o"], LIMITS.max_seq_len) or 0) >= LIMITS.max_batch_size
-    left_out = (*CORE_ROWS, "fp16", *(["int8-h2o-long"] if roomy else []))
-    return [*CORE_ROWS, *wide, *(key for key in ROWS if key not in left_out and fits(plans[key]))]
 
 
 class Writer:

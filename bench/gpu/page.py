@@ -20,8 +20,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu.forecast import cell_numbers, datasheet_limits, running_batch
-from bench.gpu.llama70b import ROWS, cell_plan, default_rows, plan_of, real_scale
 from bench.gpu.memory import memory_rows, most_in_flight
+from bench.gpu.rows import ROWS, cell_plan, default_rows, plan_of, real_scale
 from bench.gpu.summary import STAGE_FILES, cell_values, cells_of, load, memory_line, problem
 from trtkit.benchmark.shares import floor, multiply_limit
 from trtkit.plan.cost import cost_per_million

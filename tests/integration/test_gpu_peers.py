@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import llama70b
+from bench.gpu import rows as table
 from bench.gpu.peers import rounds, split_wheel, transformers_static, vllm_dummy
 from bench.gpu.peers import run as peers
 from trtkit.spec.codec import read_record
@@ -105,7 +105,7 @@ class FakeVllm:
 
 
 def setup(tmp_path: Path, left_s: Callable[[], float] = lambda: 60.0) -> vllm_dummy.Setup:
-    model = llama70b.real_scale("h100-sxm").model
+    model = table.real_scale("h100-sxm").model
     return vllm_dummy.Setup(model=model, loads=((1, 8, 4), (3, 8, 4)), work_dir=tmp_path, left_s=left_s)
 
 
@@ -240,7 +240,7 @@ def test_bad_input_to_the_splitter_is_one_line(tmp_path: Path) -> None:
 def test_transformers_runs_beside_our_engine_and_its_loop_makes_the_tokens_that_generate_makes(tmp_path: Path) -> None:
     import torch
 
-    model = llama70b.rehearsal_scale().model
+    model = table.rehearsal_scale().model
     asked = transformers_static.rehearsal_setup(model, tmp_path, lambda: 60.0)
     theirs = transformers_static.Theirs(asked)
     load = Workload(isl=16, osl=6, num_requests=2, concurrency=2)

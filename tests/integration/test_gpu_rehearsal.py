@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench.gpu import forecast, llama70b, memory, page, sources, summary
+from bench.gpu import rows as table
 from bench.gpu.sweep import CellOutcome
 from trtkit.spec.codec import read_record, write_record
 from trtkit.spec.dtype import DType
@@ -35,7 +36,7 @@ def _child_finds_the_fake(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(out: Path, *, rows: Sequence[str] = ("int8",), opener: str = SCRIPTED, **changes: object) -> llama70b.Record:
     job = llama70b.Job(
         out=out,
-        scale=llama70b.rehearsal_scale(),
+        scale=table.rehearsal_scale(),
         rows=rows,
         cells=None,
         limits={},
@@ -47,10 +48,10 @@ def run(out: Path, *, rows: Sequence[str] = ("int8",), opener: str = SCRIPTED, *
 
 
 def test_every_row_runs_its_cells_in_their_order_and_the_file_reads_back(tmp_path: Path) -> None:
-    record = run(tmp_path, rows=list(llama70b.ROWS))
-    assert [row.row for row in record.rows] == list(llama70b.ROWS)
+    record = run(tmp_path, rows=list(table.ROWS))
+    assert [row.row for row in record.rows] == list(table.ROWS)
     for row in record.rows:
-        assert tuple(cell.name for cell in row.cells) == llama70b.ROWS[row.row].cells
+        assert tuple(cell.name for cell in row.cells) == table.ROWS[row.row].cells
         assert all(cell.result is not None and cell.not_run is None for cell in row.cells)
     assert read_record(tmp_path / llama70b.FILE_NAME, llama70b.KIND, llama70b.Record) == record
 
@@ -75,7 +76,7 @@ def test_cells_that_would_not_end_in_time_are_listed_and_not_begun(
 
 def test_an_engine_that_dies_keeps_what_was_measured_and_is_opened_again_for_the_rest(tmp_path: Path) -> None:
     (row,) = run(tmp_path, opener=DYING).rows
-    names = llama70b.ROWS["int8"].cells
+    names = table.ROWS["int8"].cells
     assert tuple(cell.name for cell in row.cells) == names
     assert row.lost.startswith("engine:")
     measured = [cell.name for cell in row.cells if cell.result is not None]
@@ -127,7 +128,7 @@ def test_a_second_call_adds_its_rows_to_the_file(tmp_path: Path) -> None:
 def test_a_rehearsal_and_a_real_run_share_no_file(tmp_path: Path) -> None:
     run(tmp_path)
     with pytest.raises(InputError, match="another directory"):
-        llama70b.Writer(tmp_path / llama70b.FILE_NAME, llama70b.real_scale("h100-sxm"))
+        llama70b.Writer(tmp_path / llama70b.FILE_NAME, table.real_scale("h100-sxm"))
 
 
 def test_a_rehearsal_renders_no_number(tmp_path: Path) -> None:
@@ -142,16 +143,16 @@ def test_a_rehearsal_renders_no_number(tmp_path: Path) -> None:
 
 
 def test_the_h100_rows_are_those_whose_weights_leave_room_for_a_request() -> None:
-    h100, h200 = llama70b.real_scale("h100-sxm"), llama70b.real_scale("h200")
-    assert "fp16" not in llama70b.default_rows(h100)
-    assert llama70b.default_rows(h200)[:2] == ["int8", "fp16"]
-    assert llama70b.default_rows(h100)[0] == "int8"
+    h100, h200 = table.real_scale("h100-sxm"), table.real_scale("h200")
+    assert "fp16" not in table.default_rows(h100)
+    assert table.default_rows(h200)[:2] == ["int8", "fp16"]
+    assert table.default_rows(h100)[0] == "int8"
 
 
 def test_floors_on_an_h100_are_those_of_bytes_and_operations() -> None:
-    scale = llama70b.real_scale("h100-sxm")
-    plan = llama70b.plan_of("int8", scale)
-    one, long = (llama70b.cell_plan(name, scale).workload for name in ("c1-isl512", "c1-isl4096"))
+    scale = table.real_scale("h100-sxm")
+    plan = table.plan_of("int8", scale)
+    one, long = (table.cell_plan(name, scale).workload for name in ("c1-isl512", "c1-isl4096"))
     _, sheet, predicted = forecast.cell_numbers(plan, one, {})
     assert sheet.step_ms.value == pytest.approx(21.1, abs=0.05)
     assert sheet.step_ms.source is Source.DATASHEET
@@ -161,8 +162,8 @@ def test_floors_on_an_h100_are_those_of_bytes_and_operations() -> None:
 
 
 def test_measured_ceilings_give_a_floor_of_their_own() -> None:
-    scale = llama70b.real_scale("h100-sxm")
-    plan, load = llama70b.plan_of("int8", scale), llama70b.cell_plan("c1-isl512", scale).workload
+    scale = table.real_scale("h100-sxm")
+    plan, load = table.plan_of("int8", scale), table.cell_plan("c1-isl512", scale).workload
     half = {
         READ_BYTES_S: Measured(value=3.35e12 / 2, unit="B/s", source=Source.MEASURED),
         matmul_key(DType.BF16): Measured(value=989.4e12, unit="FLOP/s", source=Source.MEASURED),
@@ -173,26 +174,26 @@ def test_measured_ceilings_give_a_floor_of_their_own() -> None:
 
 
 def test_h2o_at_half_the_cache_nearly_doubles_the_long_requests_in_flight() -> None:
-    scale = llama70b.real_scale("h100-sxm")
-    full = memory.most_in_flight(llama70b.plan_of("int8", scale), 4352)
-    half = memory.most_in_flight(llama70b.plan_of("int8-h2o-long", scale), 4352)
+    scale = table.real_scale("h100-sxm")
+    full = memory.most_in_flight(table.plan_of("int8", scale), 4352)
+    half = memory.most_in_flight(table.plan_of("int8-h2o-long", scale), 4352)
     assert half / full >= 1.8
 
 
 def test_what_the_devices_eviction_holds_is_counted_as_the_engine_counts_it() -> None:
     from trtkit.engine.device.setup import eviction_bytes
 
-    scale = llama70b.real_scale("h100-sxm")
-    plan = llama70b.plan_of("int8-h2o-long", scale)
+    scale = table.real_scale("h100-sxm")
+    plan = table.plan_of("int8-h2o-long", scale)
     weights = SimpleNamespace(model=plan.model, dtype=SimpleNamespace(itemsize=2))
     assert memory.eviction_bytes(plan) == pytest.approx(eviction_bytes(weights, plan.limits, plan.kv), rel=0.02)
 
 
 def test_the_memory_model_adds_up_to_no_more_than_the_device() -> None:
     for gpu in ("h100-sxm", "h200"):
-        scale = llama70b.real_scale(gpu)
-        for key in llama70b.default_rows(scale):
-            parts = memory.device_model(llama70b.plan_of(key, scale))
+        scale = table.real_scale(gpu)
+        for key in table.default_rows(scale):
+            parts = memory.device_model(table.plan_of(key, scale))
             total = 81559 * 2**20 if gpu == "h100-sxm" else 143771 * 2**20
             assert sum(parts.values()) <= total
             assert parts["kv_pool"] > 0
@@ -200,7 +201,7 @@ def test_the_memory_model_adds_up_to_no_more_than_the_device() -> None:
 
 def test_unknown_cells_are_refused_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="c1-isl512"):
-        llama70b.cell_plan("c2-isl512", llama70b.rehearsal_scale())
+        table.cell_plan("c2-isl512", table.rehearsal_scale())
 
 
 def test_the_source_tree_stands_in_for_an_installed_package(tmp_path: Path) -> None:
@@ -248,9 +249,9 @@ def test_one_call_rehearses_its_stages_and_ends_with_a_short_table(tmp_path: Pat
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(path.name for path in out.iterdir()) == ["llama70b.json", "one_call.log", "probe.json", "summary.txt"]
-    table = (out / "summary.txt").read_text()
-    assert done.stdout.endswith(table)
-    assert len(table.splitlines()) <= summary.MOST_LINES
+    told = (out / "summary.txt").read_text()
+    assert done.stdout.endswith(told)
+    assert len(told.splitlines()) <= summary.MOST_LINES
 
 
 def test_one_call_refuses_what_it_does_not_know(tmp_path: Path) -> None:

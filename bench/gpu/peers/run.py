@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 import contextlib
 
 from bench.gpu import sources
-from bench.gpu.llama70b import detect_gpu, real_scale, rehearsal_scale
+from bench.gpu.llama70b import detect_gpu
 from bench.gpu.peers import transformers_static, vllm_dummy
 from bench.gpu.peers.rounds import PeerCell, PeerRecord, line
+from bench.gpu.rows import real_scale, rehearsal_scale
 from trtkit.spec.codec import from_plain, to_plain, write_record
 from trtkit.spec.errors import InputError, TrtkitError
 
