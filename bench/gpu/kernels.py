@@ -30,6 +30,7 @@ from bench.gpu.kernel_bench import (
 
 KIND = "gpu-kernels"
 KINDS = ("int8", "fp8", "bf16")
+_MOST_ROWS = 18
 Item = tuple[str, float, Callable[[], object]]
 
 
@@ -152,53 +153,47 @@ def _fused(bench: Bench) -> list[Item]:
 
 
 def lines_of(session: Session) -> list[str]:
-    """A short table: products summed over a step, everything else at its largest shapes, and what went wrong."""
+    """A short table: products summed over a step, everything else at its largest shape, and what went wrong."""
     record = session.record
     rows: list[KernelRow] = record.rows
     wrong = [f"WRONG: {row.name} {row.shape}: error {row.error}, bound {row.error_bound}" for row in rows if not row.ok]
     if record.rehearsal:
         return [f"kernels: rehearsal, {len(rows)} rows ran, {len(wrong)} wrong, no rates", *wrong]
     lines = [f"kernels on {record.gpu}: {len(rows)} rows, {len(wrong)} wrong"]
-    lines += table([["products of one step", "ms", "of ceiling", "torch / ours"], *_steps(rows)])
+    lines += table([["ms of a step's products (of ceiling)", *map(str, LLAMA_70B.tokens)], *_steps(rows)])
     lines += table([["kernel", "us", "of ceiling", "torch / ours"], *(_cells(row) for row in _others(rows))])
-    lines += wrong[:6] + [f"failed: {note}"[:160] for note in record.notes[:6]]
+    lines += wrong[:3] + [f"failed: {note}"[:160] for note in record.notes[:3]]
     return lines + ([f"not run, no time left: {len(record.not_run)} items"] if record.not_run else [])
 
 
 def _steps(rows: list[KernelRow]) -> list[list[str]]:
-    """Time of all layers' products for so many tokens, where all four matrices were measured."""
-    found = []
-    for kind in KINDS:
-        for tokens in LLAMA_70B.tokens:
-            names = [f"{kind} {name}" for name in LLAMA_70B.matrices if name != "lm_head"]
-            chosen = [row for row in rows if row.name in names and row.shape["T"] == tokens and row.timing]
-            if len(chosen) < len(names):
-                continue
-            total_us = sum(row.timing.median_us for row in chosen if row.timing)
-            floors = [row.floor_us for row in chosen]
-            theirs = [row.torch_timing.median_us for row in chosen if row.torch_timing]
-            share = sum(f for f in floors if f) / total_us if all(floors) else None
-            ratio = sum(theirs) / total_us if len(theirs) == len(names) else None
-            ms = total_us * LLAMA_70B.layers / 1000
-            found.append([f"{kind}, {tokens} tokens", f"{ms:.2f}", _percent(share), _ratio(ratio)])
-    return found
+    """By type of the weights and tokens: time of all layers' products, where all four matrices were measured."""
+    return [[kind, *(_step(rows, kind, tokens) for tokens in LLAMA_70B.tokens)] for kind in KINDS]
+
+
+def _step(rows: list[KernelRow], kind: str, tokens: int) -> str:
+    names = [f"{kind} {name}" for name in LLAMA_70B.matrices if name != "lm_head"]
+    chosen = [row for row in rows if row.name in names and row.shape["T"] == tokens and row.timing]
+    if len(chosen) < len(names):
+        return "-"
+    total_us = sum(row.timing.median_us for row in chosen if row.timing)
+    floors = [row.floor_us for row in chosen]
+    share = sum(f for f in floors if f) / total_us if all(floors) else None
+    return f"{total_us * LLAMA_70B.layers / 1000:.2f} ({_percent(share)})"
 
 
 def _others(rows: list[KernelRow]) -> list[KernelRow]:
-    """Of each kernel the largest shape that was measured, and the smallest."""
-    found: dict[str, list[KernelRow]] = {}
+    """The largest measured shape of each kernel, whole layers first."""
+    largest: dict[str, KernelRow] = {}
     for row in rows:
-        if row.timing and (row.family != "matmul" or any(word in row.name for word in ("head", "quant", "layer"))):
-            found.setdefault(f"{row.name} {row.dtype}", []).append(row)
-    kept = []
-    for same in found.values():
-        ordered = sorted(same, key=lambda row: row.bytes_moved)
-        kept += (
-            [ordered[0], ordered[-1]]
-            if len(ordered) > 1 and ("attention" in ordered[0].name or "layer" in ordered[0].name)
-            else [ordered[-1]]
-        )
-    return kept
+        product = row.family == "matmul" and not any(word in row.name for word in ("head", "quant", "layer"))
+        if row.timing and not product:
+            # A layer is worth a line for every number of sequences.
+            key = f"{row.name} {row.shape['B']}" if row.name.startswith("decode layer") else row.name
+            if key not in largest or row.bytes_moved > largest[key].bytes_moved:
+                largest[key] = row
+    ranked = sorted(largest.values(), key=lambda row: ("decode layer" not in row.name, "attention" not in row.name))
+    return ranked[:_MOST_ROWS]
 
 
 def _cells(row: KernelRow) -> list[str]:
