@@ -1,6 +1,6 @@
 # trtkit with the embedded engine alone: no GPU, no TensorRT-LLM. Build from the repository's root:
 #   docker build --file docker/cpu.Dockerfile --tag trtkit:cpu .
-ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 
 FROM ${PYTHON_IMAGE} AS build
 ARG HATCHLING_VERSION=1.33.0

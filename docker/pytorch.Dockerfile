@@ -2,7 +2,7 @@
 # trtkit on a release of TensorRT-LLM without engines (PyTorch backend only). Build from the repository's root:
 #   docker build --file docker/pytorch.Dockerfile --tag trtkit:trtllm-pytorch .
 # For a newer release: --build-arg TENSORRT_LLM_PYTORCH_IMAGE=nvcr.io/nvidia/tensorrt-llm/release:<tag>
-ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 ARG TENSORRT_LLM_PYTORCH_IMAGE=nvcr.io/nvidia/tensorrt-llm/release:1.3.0rc26
 
 FROM ${PYTHON_IMAGE} AS wheel
