@@ -167,7 +167,16 @@ def test_prompts_in_chunks_are_cut_after_each_and_equal_the_masked_dense_model(a
     }
 
 
-@pytest.mark.parametrize("kv", [H2O, "snapkv:24,recent=8,sinks=2,interval=4", "window:20,interval=4"])
+@pytest.mark.parametrize(
+    "kv",
+    [
+        f"{H2O},scorer=sum",
+        f"{H2O},scorer=decay",
+        "snapkv:24,recent=8,sinks=2,interval=4",
+        "snapkv:24,recent=16,sinks=2,interval=4",  # looks through queries of the chunk before, too
+        "window:20,interval=4",
+    ],
+)
 def test_chunks_as_long_as_the_embedded_engines_pieces_give_its_tokens(adapter, monkeypatch, kv):
     monkeypatch.setattr(eviction, "_MIN_PIECE", 12)
     job = (prompt_of(130), 60)
