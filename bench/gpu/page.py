@@ -1,6 +1,7 @@
 """The tables of docs/gpu.md: limits, predictions and memory counted now; measured numbers only from records of a GPU.
 
-    python3 bench/gpu/page.py keep OUT_DIR NAME     # put a run's records under bench/results/gpu-NAME-*.json
+    python3 bench/gpu/page.py keep OUT_DIR NAME      # put a run's records under bench/results/gpu-NAME-*.json
+    python3 bench/gpu/page.py cells OUT_DIR FOLDER   # each cell as a record of its own, for trtkit report and audit
 
 `docs/build.py` puts the tables between the page's markers. Without a record the page says that nothing was measured.
 """
@@ -20,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu.forecast import cell_numbers, datasheet_limits, running_batch
+from bench.gpu.llama70b import FILE_NAME, KIND, Record
 from bench.gpu.memory import memory_rows, most_in_flight
 from bench.gpu.rows import ROWS, cell_plan, default_rows, plan_of, real_scale
 from bench.gpu.summary import STAGE_FILES, cell_values, cells_of, load, memory_line, problem
@@ -28,9 +30,12 @@ from trtkit.plan.cost import cost_per_million
 from trtkit.plan.prices import load_prices
 from trtkit.plan.work import prefill_flops
 from trtkit.spec.catalog import gpu_spec
+from trtkit.spec.codec import read_record, write_record
 from trtkit.spec.dtype import DType
+from trtkit.spec.errors import InputError, TrtkitError
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.quant import QuantSpec, quant_for
+from trtkit.spec.result import BENCH_KIND
 from trtkit.spec.units import GB, MS_PER_S
 from trtkit.spec.workload import Workload
 
@@ -238,15 +243,40 @@ def keep(out: Path, name: str, results: Path = RESULTS) -> list[Path]:
     return kept
 
 
+def export(out: Path, folder: Path) -> list[Path]:
+    """Every measured cell as the record that `trtkit bench` would have left, for `trtkit report`, `compare` and `audit`.
+
+    Raises:
+        InputError: there is no record, or it is a rehearsal's, whose numbers mean nothing.
+    """
+    record = read_record(out / FILE_NAME, KIND, Record)
+    if record.rehearsal:
+        raise InputError(f"{out / FILE_NAME}: a rehearsal; its numbers mean nothing, so it has no cells to give")
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for row in record.rows:
+        for cell in row.cells:
+            if cell.result is not None:
+                path = folder / f"{record.gpu}-{row.row}-{cell.name}.json"
+                labelled = replace(cell.result, engine=replace(cell.result.engine, label=row.label))
+                write_record(path, BENCH_KIND, labelled)
+                made.append(path)
+    return made
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["keep"])
+    parser.add_argument("command", choices=["keep", "cells"])
     parser.add_argument("out", type=Path)
-    parser.add_argument("name", help="such as h100-202612")
+    parser.add_argument("name", help="such as h100-202612, or the folder for the cells")
     args = parser.parse_args()
-    kept = keep(args.out, args.name)
-    print("\n".join(str(path) for path in kept) or f"no record of a GPU in {args.out}")
-    return 0 if kept else 1
+    try:
+        made = keep(args.out, args.name) if args.command == "keep" else export(args.out, Path(args.name))
+    except TrtkitError as error:
+        print(f"page: {error}", file=sys.stderr)
+        return error.exit_code
+    print("\n".join(str(path) for path in made) or f"no record of a GPU in {args.out}")
+    return 0 if made else 1
 
 
 if __name__ == "__main__":

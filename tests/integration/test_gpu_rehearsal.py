@@ -22,6 +22,7 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
+from trtkit.spec.result import BENCH_KIND, BenchResult
 
 ROOT = Path(__file__).parents[2]
 SCRIPTED, DYING = "support.fake_dummy:open_scripted", "support.fake_dummy:open_dying"
@@ -329,6 +330,35 @@ def test_the_page_shows_a_real_record_with_its_shares_and_what_was_not_run(tmp_p
     assert "| INT8 | c1-isl512 |" in text
     assert "50%" in text
     assert "c8-isl512: not run: no time" in text
+
+
+def test_a_cell_on_a_hot_card_is_invalid_has_no_price_and_says_so_in_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = SimpleNamespace(read=lambda: {0: (1980, 0x20)}, max_mhz=lambda: {0: 1980})
+    monkeypatch.setattr("bench.gpu.sweep.clock_gauge", lambda _baseline: hot)
+    monkeypatch.setattr("trtkit.benchmark.clocks.INTERVAL_S", 0.001)
+    record = run(tmp_path, cells=["c8-isl512"])
+    (cell,) = record.rows[0].cells
+    assert not cell.result.valid
+    assert cell.usd_per_million is None
+    (tmp_path / llama70b.FILE_NAME).unlink()
+    write_record(tmp_path / llama70b.FILE_NAME, llama70b.KIND, replace(record, rehearsal=False))
+    lines = summary.lines_of(tmp_path, ["core"])
+    assert any("invalid: gpu_clock" in line and "thermal" in line for line in lines)
+
+
+def test_each_real_cell_is_a_bench_record_that_the_reports_read(tmp_path: Path) -> None:
+    record = run(tmp_path)
+    with pytest.raises(InputError, match="rehearsal"):
+        page.export(tmp_path, tmp_path / "cells")
+    (tmp_path / llama70b.FILE_NAME).unlink()
+    write_record(tmp_path / llama70b.FILE_NAME, llama70b.KIND, replace(record, rehearsal=False))
+    made = page.export(tmp_path, tmp_path / "cells")
+    assert len(made) == len(table.ROWS["int8"].cells)
+    found = read_record(made[0], BENCH_KIND, BenchResult)
+    assert found.engine.label == "INT8"
+    assert replace(found, engine=record.rows[0].cells[0].result.engine) == record.rows[0].cells[0].result
 
 
 def number(cell: CellOutcome, share: float) -> Measured:
