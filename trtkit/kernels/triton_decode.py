@@ -10,6 +10,7 @@ device. The last program of a sequence adds the parts up, always in their order,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -65,14 +66,31 @@ _CONFIGS = [
     triton.Config({"TILE": 64}, num_warps=4, num_stages=5),
     triton.Config({"TILE": 64}, num_warps=4, num_stages=7),
     triton.Config({"TILE": 32}, num_warps=4, num_stages=7),
-    triton.Config({"TILE": 32}, num_warps=2, num_stages=7),
     triton.Config({"TILE": 128}, num_warps=8, num_stages=5),
 ]
 _ANYWHERE = ["tables", "lengths", "lse", "partial_lse", "arrived", "ring_lse", "ring_index"]
 """Small tensors, often views into packed ones: kernels must not be compiled again for where they happen to begin."""
+_TUNED_LENGTH = 2048
 
 
-@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK", "SPLITS"])
+def _lend_work(arguments: dict[str, Any], reset_only: bool = False) -> None:
+    """Give the rows long sequences while tuning: a launch that warms up may have nothing but padding."""
+    if reset_only:
+        return
+    cache, tables, lengths = arguments["cache"], arguments["tables"], arguments["lengths"]
+    arguments["before"] = lengths.clone(), tables.clone()
+    lengths.fill_(min(_TUNED_LENGTH, tables.shape[1] * cache.shape[3]))
+    tables.copy_(torch.arange(tables.numel(), device=tables.device).remainder(cache.shape[0]).view_as(tables))
+
+
+def _take_back(arguments: dict[str, Any], exception: BaseException | None) -> None:
+    """Undo `_lend_work`."""
+    for one, before in zip((arguments["lengths"], arguments["tables"]), arguments.pop("before"), strict=True):
+        one.copy_(before)
+
+
+# Not tuned again for every number of parts: what a program does with its part is the same.
+@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK"], pre_hook=_lend_work, post_hook=_take_back)
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=_ANYWHERE)
 def _decode(
     queries, cache, tables, lengths, out, lse, partial, partial_lse, arrived, ring_lse, ring_index,

@@ -57,7 +57,6 @@ def paged_prefill_attention(
 _CONFIGS = [
     triton.Config({"ROWS": 128, "TILE": 64}, num_warps=8, num_stages=5),
     triton.Config({"ROWS": 128, "TILE": 128}, num_warps=8, num_stages=3),
-    triton.Config({"ROWS": 128, "TILE": 64}, num_warps=8, num_stages=3),
     triton.Config({"ROWS": 64, "TILE": 64}, num_warps=4, num_stages=3),
     triton.Config({"ROWS": 64, "TILE": 32}, num_warps=4, num_stages=3),
     triton.Config({"ROWS": 64, "TILE": 16}, num_warps=4, num_stages=3),

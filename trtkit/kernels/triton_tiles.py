@@ -56,35 +56,36 @@ def readable(stored: Tensor) -> Tensor:
     return stored.view(torch.uint8) if stored.dtype is _FLOAT8 else stored
 
 
-def autotuned(configs: Sequence[triton.Config], key: Sequence[str], restore_value: Sequence[str] = ()):
+def autotuned(configs: Sequence[triton.Config], **options: Any):
     """`triton.autotune` over the configurations whose tiles fit; the first alone under the interpreter.
 
-    The kernel names its tile of keys TILE, its padded head dim DIM_PAD, and what it stages of a slot SIDES: 1 for
-    keys, 2 for keys and values.
+    The kernel names its cache `cache`, its tile of keys TILE, its padded head dim DIM_PAD, and what it stages of a
+    slot SIDES: 1 for keys, 2 for keys and values. `options` are `triton.autotune`'s.
     """
     chosen = configs[:1] if interpreting() else configs
-    return triton.autotune(
-        list(chosen),
-        key=list(key),
-        prune_configs_by={"early_config_prune": _fitting},
-        restore_value=list(restore_value) or None,
-    )
+    return triton.autotune(list(chosen), prune_configs_by={"early_config_prune": _fitting}, **options)
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """Those without spills and within shared memory, but for tiles less than half as large as the largest of them."""
     known = {**arguments, **constants}
     slot_bytes = known["SIDES"] * known["DIM_PAD"] * known["cache"].element_size()
     hopper = int(triton.runtime.driver.active.get_current_target().arch) >= 90
     most = _LOGITS_PER_WARP[hopper, known["DOT"] == tl.float32]
 
-    def too_large(config: triton.Config) -> tuple[bool, int]:
-        rows = config.kwargs.get("ROWS") or config.kwargs.get("QUERIES") or MIN_DOT
-        per_warp = rows * config.kwargs["TILE"] // config.num_warps
+    def fits(config: triton.Config) -> bool:
         # Half of the stages hold block tables, see `key_offsets`.
         staged_bytes = max(1, (config.num_stages - 1) // 2) * config.kwargs["TILE"] * slot_bytes
-        return per_warp > most or staged_bytes > _STAGED_BYTES, per_warp
+        return staged_bytes <= _STAGED_BYTES and _logits_per_warp(config) <= most
 
-    return [one for one in configs if not too_large(one)[0]] or [min(configs, key=too_large)]
+    fit = [one for one in configs if fits(one)] or [min(configs, key=_logits_per_warp)]
+    largest = max(map(_logits_per_warp, fit))
+    return [one for one in fit if 2 * _logits_per_warp(one) >= largest]
+
+
+def _logits_per_warp(config: triton.Config) -> int:
+    rows = config.kwargs.get("ROWS") or config.kwargs.get("QUERIES") or MIN_DOT
+    return int(rows * config.kwargs["TILE"] // config.num_warps)
 
 
 @triton.jit

@@ -241,3 +241,15 @@ def test_compaction_without_moves_changes_nothing():
     for implementation in (triton_paged.compact_paged, paged.compact_twin):
         implementation(batch.cache, batch.blocks_BM, torch.zeros(0, 4, dtype=torch.int32))
     torch.testing.assert_close(batch.cache, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_tuning_gives_padding_rows_work_and_takes_it_back():
+    batch = make_batch((0, 3, 9), heads=1)
+    arguments = {"cache": batch.cache, "tables": batch.blocks_BM, "lengths": batch.lengths_B}
+    before = batch.lengths_B.clone(), batch.blocks_BM.clone()
+    triton_decode._lend_work(arguments)
+    assert batch.lengths_B.eq(batch.blocks_BM.shape[1] * BLOCK).all()
+    assert 0 <= int(batch.blocks_BM.min()) <= int(batch.blocks_BM.max()) < len(batch.cache)
+    triton_decode._take_back(arguments, None)
+    assert torch.equal(batch.lengths_B, before[0])
+    assert torch.equal(batch.blocks_BM, before[1])
