@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trtkit.engine.batch import Batch
-from trtkit.engine.eviction_rules import EvictionRules, PieceRule, beside_decodes, due
+from trtkit.engine.eviction_rules import EvictionRules, PieceRule, beside_decodes, due, failure_line
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.query_ring import QueryRing
 from trtkit.engine.runner import ObserverFactory
@@ -218,7 +218,7 @@ class EvictionObserver:
         try:
             keep = _decide(tracked.policy, ledger, sequence.num_tokens)
         except Exception as error:  # noqa: BLE001 - a policy is anybody's code; its request ends, the batch goes on
-            self.failed[sequence] = f"KV policy failed: {type(error).__name__}: {error}"
+            self.failed[sequence] = failure_line(error)
             return
         before = ledger.length
         moves = plan_moves(keep.flatten(0, 1), before)

@@ -105,3 +105,8 @@ def due(num_tokens: int, prompt_len: int, live: int, budget: Budget) -> bool:
     if num_tokens <= prompt_len:
         return live > budget.tokens
     return live >= budget.tokens + budget.interval
+
+
+def failure_line(error: Exception) -> str:
+    """What a policy raised, in one line."""
+    return f"KV policy failed: {type(error).__name__}: {' '.join(str(error).split())}"

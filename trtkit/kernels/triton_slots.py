@@ -18,7 +18,8 @@ def flag_bad_slots(keep: Tensor, live: int, flag_1: Tensor) -> None:
     _flag[grid](rows, flag_1, rows.shape[1], live, TILE=_TILE)
 
 
-@triton.jit(do_not_specialize=["kept", "live"])
+# A flag is one of many side by side; where it lies must not ask for another compilation.
+@triton.jit(do_not_specialize=["kept", "live"], do_not_specialize_on_alignment=["keep", "flag"])
 def _flag(keep, flag, kept, live, TILE: tl.constexpr):
     row = keep + tl.program_id(0).to(tl.int64) * kept
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -24,7 +24,7 @@ from trtkit.engine.device.scores import ALL, DeviceScores
 from trtkit.engine.device.segments import Segment, StepRow, cut
 from trtkit.engine.device.verdicts import Verdicts
 from trtkit.engine.device.watched import Planned, Watched
-from trtkit.engine.eviction_rules import EvictionRules, PieceRule, beside_decodes, due
+from trtkit.engine.eviction_rules import EvictionRules, PieceRule, beside_decodes, due, failure_line
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence
 from trtkit.kernels.paged import compact_layers
@@ -276,7 +276,7 @@ class DeviceEviction:
                 shown = watched.ledger.shown(layers, live, num_tokens)
                 keep = _slots_of(watched.policy.select(shown), shape, self._storage.device)
             except Exception as error:  # noqa: BLE001 - a policy is anybody's code; its request ends, the batch goes on
-                self.failed[sequence] = f"KV policy failed: {type(error).__name__}: {error}"
+                self.failed[sequence] = failure_line(error)
             else:
                 self._verdicts.judge(watched.slot, sequence, keep, live)
                 return keep

@@ -15,6 +15,9 @@ from torch import Tensor
 from trtkit.engine.sequence import Sequence
 from trtkit.kernels.slots import flag_bad_slots
 
+_COPIES = 4
+"""Copies of the flags on their way at once; a step or two are in flight."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Staged:
@@ -37,6 +40,11 @@ class Verdicts:
         self._flags_N = torch.zeros(slots, dtype=torch.int32, device=device)
         self._asked: dict[int, tuple[Sequence, str]] = {}
         self._staged: deque[_Staged] = deque()
+        # Pinning memory may make the host wait, so it is done before the first step.
+        self._free = [self._pinned() for _ in range(_COPIES)]
+
+    def _pinned(self) -> Tensor:
+        return torch.empty(self._flags_N.shape, dtype=torch.int32, pin_memory=self._flags_N.is_cuda)
 
     def clear(self, slot: int) -> None:
         """A new sequence takes a slot."""
@@ -53,11 +61,10 @@ class Verdicts:
         """Send the flags of this step's answers to the host."""
         if not self._asked:
             return
-        on_gpu = self._flags_N.is_cuda
-        flags = torch.empty(self._flags_N.shape, dtype=torch.int32, pin_memory=on_gpu)
+        flags = self._free.pop() if self._free else self._pinned()
         flags.copy_(self._flags_N, non_blocking=True)
         arrived = None
-        if on_gpu:
+        if self._flags_N.is_cuda:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
         self._staged.append(_Staged(flags_N=flags, arrived=arrived, asked=self._asked))
@@ -69,4 +76,5 @@ class Verdicts:
         while self._staged and self._staged[0].is_here:
             staged = self._staged.popleft()
             wrong += [entry for slot, entry in staged.asked.items() if staged.flags_N[slot]]
+            self._free.append(staged.flags_N)
         return wrong

@@ -52,7 +52,7 @@ def third_party(monkeypatch):
 
 
 def raises(keep, tokens):
-    raise RuntimeError("out of ideas")
+    raise RuntimeError("out\n of ideas")
 
 
 def with_slot(place, value):
@@ -163,6 +163,12 @@ def test_flags_are_read_only_once_their_copy_has_arrived():
     assert [who for who, _ in flags.read()] == [sequence]
     flags.stage()
     assert flags.read() == []
+    pinned = len(flags._free)
+    for _ in range(20):
+        flags.judge(0, sequence, torch.tensor([[[0, 2]]]), 3)
+        flags.stage()
+        flags.read()
+    assert len(flags._free) == pinned, "the copies' memory goes round"
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.9])
