@@ -31,12 +31,13 @@ _SATURATING_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """Output channels and inputs of one step of a program, steps in flight, warps."""
+    """Output channels and inputs of one step of a program, steps in flight, warps, and the weight's side."""
 
     outputs: int
     inputs: int
     stages: int
     warps: int
+    left: bool
 
     def held_bytes(self, width: int, item: int) -> int:
         """Shared memory of a program with `width` tokens of 16 bits and weights of `item` bytes."""
@@ -44,18 +45,34 @@ class Tile:
 
 
 _TILES = {
-    16: [(64, 256, 3, 4), (128, 128, 4, 4), (64, 128, 4, 2), (32, 256, 4, 2), (128, 256, 3, 8)],
-    32: [(128, 128, 3, 4), (128, 128, 4, 4), (256, 64, 4, 4), (256, 128, 3, 8), (64, 128, 4, 2)],
-    64: [(128, 128, 3, 8), (256, 64, 3, 8), (128, 128, 3, 4)],
-    128: [(128, 64, 4, 8), (128, 128, 3, 8), (64, 64, 4, 4)],
+    16: [
+        (64, 256, 3, 2, True),
+        (64, 256, 3, 4, False),
+        (128, 128, 4, 4, False),
+        (64, 128, 4, 2, True),
+        (128, 256, 3, 8, False),
+    ],
+    32: [
+        (128, 64, 4, 2, True),
+        (256, 128, 3, 8, False),
+        (128, 128, 3, 2, True),
+        (256, 64, 4, 4, False),
+        (128, 128, 4, 4, False),
+    ],
+    64: [(128, 128, 3, 8, True), (256, 64, 3, 8, True), (128, 128, 3, 4, True)],
+    128: [(128, 64, 4, 8, True), (128, 128, 3, 8, True), (64, 64, 4, 4, True)],
 }
-"""By the tokens' width; for 16-bit weights half the inputs.
+"""By the tokens' width: output channels, inputs, stages, warps, weight left or right. For 16-bit weights half the
+inputs, and the weight always right.
 
-Up to 32 tokens the weight is the right operand of `mma.sync`, to which it comes by 16-byte copies and `ldmatrix`: 2.0
-instructions a weight. From 64 on Triton would take Hopper's wgmma, which wants a right operand in shared memory that
-is 16 bits wide already; there 8-bit weights are the left operand, widened in registers: 4.4 instructions a weight and
-8-byte copies, for twice the tensor rate. Wide tiles from 32 tokens on, because every tile reads all tokens again:
-at 32 tokens and 64 channels L2 would deliver as many bytes of tokens as of weights."""
+Instructions a weight of 8 bits, counted in the machine code for Hopper (an H100 that reads 3 TB/s could issue 9.5): 2.7
+to 3.2 as left operand of `mma.sync` and 2.8 to 4.1 as the right one; a few more in bf16. Weights come by 16-byte copies
+and `ldmatrix`. With four warps or more Triton takes wgmma for a left operand of 64 rows, where 8-bit weights come out
+of shared memory two bytes at a time: 5 to 6, and 8-byte copies in, for twice the tensor rate, which matters from 64
+tokens on. So up to 32 tokens two warps and the weight left, or more and right.
+
+Wide tiles from 32 tokens on, because every tile reads all tokens again: at 32 tokens and 64 channels L2 would deliver
+as many bytes of tokens as of weights."""
 
 WIDTHS = tuple(_TILES)
 
@@ -63,10 +80,11 @@ WIDTHS = tuple(_TILES)
 @cache
 def tiles_for(width: int, item: int) -> tuple[Tile, ...]:
     """What is tried for one width of the tokens and size of a weight's element."""
-    return tuple(
-        Tile(outputs=outputs, inputs=inputs // item, stages=stages, warps=warps)
-        for outputs, inputs, stages, warps in _TILES[width]
+    tiles = (
+        Tile(outputs=outputs, inputs=inputs // item, stages=stages, warps=warps, left=left and item == 1)
+        for outputs, inputs, stages, warps, left in _TILES[width]
     )
+    return tuple(dict.fromkeys(tiles))
 
 
 @cache

@@ -36,7 +36,7 @@ from trtkit.kernels.scaled_mm import fp8_way, scaled_linear
 from trtkit.kernels.triton_widen import widen
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_INTERPRETED_TILE = Tile(outputs=32, inputs=64, stages=1, warps=4)
+_INTERPRETED_TILE = Tile(outputs=32, inputs=64, stages=1, warps=4, left=False)
 _REGISTERS = {2: 248, 4: 248}
 """By warps of a program, what a thread may have: without it the assembler spills to fit more programs on an SM."""
 
@@ -73,11 +73,12 @@ def fused_linear(
     kind, bits = _kind(weight_OI)
     width, item = token_width(tokens), bits.element_size()
     multiprocessors = num_multiprocessors(x_TI.device)
-    room = partial_elements(candidates(width, item), tokens, (outputs, inputs), item, multiprocessors)
+    tried = candidates(width, item) if tile is None else (tile,)
+    room = partial_elements(tried, tokens, (outputs, inputs), item, multiprocessors)
     partial = torch.empty(room, dtype=torch.float32, device=x_TI.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        chosen = Tile(outputs=meta["BO"], inputs=meta["BI"], stages=meta["STAGES"], warps=meta["WARPS"])
+        chosen = _tile(meta)
         tiles = num_tiles(chosen, width, tokens, outputs)
         return tiles, num_pieces(chosen, width, tiles, inputs, item, multiprocessors)
 
@@ -85,7 +86,7 @@ def fused_linear(
     kernel[grid](
         x_TI, bits, scale_O, bias_O, out, partial, _counters(x_TI.device), tokens, outputs, inputs,
         x_TI.stride(0), out.stride(0), KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=bias_O is not None,
-        BT=width, LEFT=width >= 64 and item == 1, ASM=not INTERPRETED, **fixed,
+        BT=width, ASM=not INTERPRETED, **fixed,
     )  # fmt: skip
     return out
 
@@ -166,8 +167,14 @@ def _kind(weight_OI: Tensor) -> tuple[str, Tensor]:
     return "plain", weight_OI
 
 
+def _tile(meta: dict[str, Any]) -> Tile:
+    return Tile(
+        outputs=meta["BO"], inputs=meta["BI"], stages=meta["STAGES"], warps=meta["WARPS"], left=bool(meta["LEFT"])
+    )
+
+
 def _configuration(tile: Tile) -> triton.Config:
-    shape = {"BO": tile.outputs, "BI": tile.inputs, "STAGES": tile.stages, "WARPS": tile.warps}
+    shape = {"BO": tile.outputs, "BI": tile.inputs, "STAGES": tile.stages, "WARPS": tile.warps, "LEFT": tile.left}
     return triton.Config(shape, num_warps=tile.warps, maxnreg=_REGISTERS.get(tile.warps))
 
 

@@ -2,9 +2,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """8-bit weights as 16-bit numbers inside a Triton kernel, exactly, four at a time through integer instructions.
 
-A cast compiles to one conversion per weight on a unit that does 16 a clock and SM; an H100 that reads 3 TB/s brings
-13 weights a clock to every SM, so casts alone would fill that unit. The instructions below use the wide ones: per
-four weights 5 (int8 to fp16), 10 (int8 to bf16), 10 (fp8 to fp16) and 10 (fp8 to bf16).
+A cast from int8 to fp16 compiles to two instructions per weight, one of them a conversion, for which a GPU has a much
+narrower unit than for arithmetic; an H100 that reads 3 TB/s brings 13 weights a clock to every SM. The instructions
+below use the wide units: per four weights 5 (int8 to fp16), 8 (int8 to bf16) or 10 (fp8 to either).
 
 - int8 to fp16: the byte with its sign flipped, under the exponent of 1024, minus 1152.
 - int8 to bf16: bf16 has 7 bits of mantissa, so 128 + the low 7 bits, minus 128 or 256 by the sign bit.

@@ -104,6 +104,15 @@ def test_kernel_equals_the_float64_product(weight_type, tokens):
     assert_close(out, expected, dtype)
 
 
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_kernel_with_the_weight_on_the_left_equals_the_float64_product(tokens):
+    x, weight, scale, bias, expected = random_problem(tokens, 72, 1000, torch.int8, torch.float16, bias=True)
+    tile = matmul_tiles.Tile(outputs=16, inputs=32, stages=1, warps=4, left=True)
+    out = torch.full((tokens, 72), torch.nan, dtype=torch.float16)
+    triton_matmul.fused_linear(x, weight, scale, bias, out, tile=tile)
+    assert_close(out, expected, torch.float16)
+
+
 def test_kernel_in_bf16_with_strided_rows_equals_the_float64_product():
     x, weight, scale, _, expected = random_problem(6, 33, 70, torch.int8, torch.bfloat16)
     wide_x, wide_out = torch.randn(6, 90).bfloat16(), torch.zeros(6, 50, dtype=torch.bfloat16)

@@ -70,4 +70,4 @@ def test_a_wrong_tile_is_rejected_and_the_family_stays_while_another_is_left(mon
 
 
 def matmul_tile(*, outputs):
-    return triton_matmul.Tile(outputs=outputs, inputs=64, stages=1, warps=4)
+    return triton_matmul.Tile(outputs=outputs, inputs=64, stages=1, warps=4, left=False)
