@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.gptq import write_gptq
 from support.tiny_checkpoints import write_model
 
 from trtkit.backends import verify as verify_module
@@ -31,7 +33,7 @@ def model(tmp_path: Path) -> Path:
     ("precision", "compute", "tp", "pp"),
     [
         ("fp32", None, 1, 1), ("fp16", None, 2, 1), ("bf16", None, 1, 2), ("int8", None, 2, 1),
-        ("int8", DType.BF16, 1, 1), ("int8", DType.FP32, 1, 2),
+        ("int8", DType.BF16, 1, 1), ("int8", DType.FP32, 1, 2), ("fp8-rowwise", None, 2, 1), ("fp8-rowwise", None, 1, 2),
     ],
 )  # fmt: skip
 def test_a_right_checkpoint_differs_by_the_order_of_additions_only(
@@ -91,7 +93,7 @@ def damaged_tensors(tensors: dict[str, torch.Tensor], damage: str) -> None:
         "one row's scale doubled",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "fp8-rowwise"])
 def test_a_wrong_checkpoint_is_refused(model: Path, damage: str, precision: str) -> None:
     out = model.parent / "out"
     convert(model, out, quant=quant_for(precision))
@@ -103,3 +105,38 @@ def test_a_wrong_checkpoint_is_refused(model: Path, damage: str, precision: str)
         save_file(tensors, out / "rank0.safetensors")
     with pytest.raises(InputError, match="does not compute what transformers does"):
         verify(load_model_spec(model), quant_for(precision), model, out)
+
+
+def one_groups_scale(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    tensors[f"{layer}attention.dense.weights_scaling_factor"][1, 7] *= 2
+
+
+def gate_and_up(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    for suffix in ("weight", "weights_scaling_factor"):
+        fc, gate = f"{layer}mlp.fc.{suffix}", f"{layer}mlp.gate.{suffix}"
+        tensors[fc], tensors[gate] = tensors[gate], tensors[fc]
+
+
+def not_transposed(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    name = f"{layer}attention.dense.weight"
+    tensors[name] = tensors[name].T.contiguous()
+
+
+def a_zero_point(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    tensors[f"{layer}mlp.proj.zero"][0] += 0.1
+
+
+@pytest.mark.parametrize("damage", [one_groups_scale, gate_and_up, not_transposed, a_zero_point])
+def test_a_wrong_gptq_engine_checkpoint_is_refused(
+    tmp_path: Path, damage: Callable[[dict[str, torch.Tensor], str], None]
+) -> None:
+    write_model(tmp_path / "m", vocab_size=300, spread=0.2, hidden_size=128, intermediate_size=192)
+    write_gptq(tmp_path / "g", tmp_path / "m", 64)
+    model, quant = load_model_spec(tmp_path / "g"), quant_for("int8-gptq")
+    convert(tmp_path / "g", tmp_path / "out", quant=quant, target="tensorrt")
+    assert verify(model, quant, tmp_path / "g", tmp_path / "out")["drift"] < verify_module.MAX_DRIFT / 20
+    tensors = load_file(tmp_path / "out" / "rank0.safetensors")
+    damage(tensors, "transformer.layers.0.")
+    save_file(tensors, tmp_path / "out" / "rank0.safetensors")
+    with pytest.raises(InputError, match="does not compute what transformers does"):
+        verify(model, quant, tmp_path / "g", tmp_path / "out")

@@ -16,7 +16,7 @@ from trtkit.backends.recipe import BuildOptions, make_plan
 from trtkit.backends.verify import MAX_DRIFT
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.engine import Request
-from trtkit.spec.errors import UnsupportedError, UsageError
+from trtkit.spec.errors import EngineError, UnsupportedError, UsageError
 
 TINY = Path(__file__).parents[2] / "bench" / "tiny_model" / "model"
 LIMITS: dict[str, object] = {
@@ -100,6 +100,27 @@ def test_a_killed_packing_keeps_the_verified_conversion(
     bundle = build(tmp_path, gptq["rows"], precision="int8-gptq")
     assert set(bundle.manifest.phases_s) == {"pack", "trtllm-build", "manifest"}
     assert bundle.manifest.verification["drift"] < MAX_DRIFT
+
+
+def test_a_release_without_the_packing_function_is_told_in_one_line(
+    fake: pytest.MonkeyPatch, tmp_path: Path, gptq: dict[str, Path]
+) -> None:
+    fake.setattr("trtkit.backends.build_tensorrt.verify", lambda *_: {})
+    fake.setenv("FAKE_TRTLLM_PACK", "missing")
+    with pytest.raises(
+        EngineError, match=r"packing GPTQ weights ended with exit code 1.*has no preprocess_weights"
+    ) as caught:
+        build(tmp_path, gptq["rows"], precision="int8-gptq")
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_a_model_that_gptq_has_not_touched_is_refused_before_the_download(
+    fake: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match="takes a model that GPTQ has quantised"):
+        build(tmp_path, precision="int8-gptq")
+    assert not list(tmp_path.iterdir())
 
 
 def test_gptq_rows_are_taken_over_by_the_pytorch_backend_and_groups_are_not(

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.backends.build import builder_of
-from trtkit.backends.model_source import ModelSource, resolve_model
+from trtkit.backends.model_source import ModelSource, download, resolve_model
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.codec import from_plain
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import InputError, UsageError
+from trtkit.spec.errors import InputError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import LOAD_FORMATS, TARGETS, BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import GPTQ_INT8, QuantSpec, quant_for
@@ -138,7 +138,7 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     if not dry_run:
         builder_of(target)
     source = resolve_model(model, name=options.model_name, look_up=not dry_run and load_format != "dummy")
-    quant = _with_groups(_quant(options), source.directory)
+    quant = _with_groups(_quant(options), source, look_up=not dry_run)
     parallel = Parallelism(tp=_or(options.tp, 1), pp=_or(options.pp, 1))
     plan = BuildPlan(
         name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv)),
@@ -221,10 +221,22 @@ def _quant(options: BuildOptions) -> QuantSpec:
     return quant.with_kv(kv)
 
 
-def _with_groups(quant: QuantSpec, directory: Path | None) -> QuantSpec:
-    """`quant` with the groups of a local GPTQ checkpoint; 0 where its rows have one scale each."""
-    gptq = read_gptq_config(directory) if quant.algo == GPTQ_INT8 and directory is not None else None
-    return quant if gptq is None else dataclasses.replace(quant, group_size=gptq.group_size)
+def _with_groups(quant: QuantSpec, source: ModelSource, *, look_up: bool) -> QuantSpec:
+    """`quant` with the groups of a GPTQ checkpoint; 0 where its rows have one scale each.
+
+    Raises:
+        UnsupportedError: the model is not one that GPTQ quantised to 8 bits.
+    """
+    if quant.algo != GPTQ_INT8 or (source.directory is None and not look_up):
+        return quant
+    directory = source.directory or download(source.hub_id, weights=False)
+    gptq = read_gptq_config(directory)
+    if gptq is None:
+        raise UnsupportedError(
+            f"{source.hub_id or directory}: precision {quant.precision} takes a model that GPTQ has quantised to 8 bits, this "
+            "one is not quantised; give --model such a checkpoint, or use --precision int8"
+        )
+    return dataclasses.replace(quant, group_size=gptq.group_size)
 
 
 def _limits(options: BuildOptions, max_position: int) -> Limits:

@@ -88,7 +88,7 @@ RULES: tuple[Rule, ...] = (
         name="fp8-kv-without-fp8",
         target="tensorrt",
         applies=lambda plan, _sm: plan.quant.kv is DType.FP8 and plan.quant.algo != "FP8",
-        says="an FP8 KV cache without FP8 weights switches paged context FMHA off",
+        says="an FP8 KV cache beside weights other than per-tensor FP8 switches paged context FMHA off",
         instead="",
         source="TensorRT-LLM builder.py (0.21/1.0)",
         adjusts="use_paged_context_fmha",
