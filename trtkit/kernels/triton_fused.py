@@ -25,10 +25,13 @@ def add_rms_norm(
 ) -> Tensor:
     """See `trtkit.kernels.fused.add_rms_norm`."""
     tokens, width = residual_TE.shape
+    assert residual_TE.stride(1) == 1, "rows of the residual must be contiguous, for they are changed in place"
     if out is None:
-        out = torch.empty_like(residual_TE)
+        out = torch.empty(tokens, width, dtype=residual_TE.dtype, device=residual_TE.device)
     if tokens == 0:
         return out
+    if delta_TE is not None and delta_TE.stride(1) != 1:
+        delta_TE = delta_TE.contiguous()
     block = min(_ROW_BLOCK, triton.next_power_of_2(width))
     _add_rms_norm[(tokens,)](
         residual_TE if delta_TE is None else delta_TE, residual_TE, weight_E, out,
@@ -45,6 +48,8 @@ def silu_mul(gate_up_T2I: Tensor, *, out: Tensor | None = None) -> Tensor:
         out = torch.empty(tokens, width, dtype=gate_up_T2I.dtype, device=gate_up_T2I.device)
     if tokens == 0:
         return out
+    if gate_up_T2I.stride(1) != 1:
+        gate_up_T2I = gate_up_T2I.contiguous()
     _silu_mul[(triton.cdiv(width, _SILU_BLOCK) * tokens,)](
         gate_up_T2I, out, gate_up_T2I.stride(0), out.stride(0), WIDTH=width, BLOCK=_SILU_BLOCK, num_warps=4
     )
@@ -75,6 +80,9 @@ def rope_write(
         q_out = torch.empty(tokens, num_heads, dim, dtype=qkv_TCD.dtype, device=qkv_TCD.device)
     if tokens == 0:
         return q_out
+    if qkv_TCD.stride(2) != 1 or qkv_TCD.stride(1) != dim:
+        qkv_TCD = qkv_TCD.contiguous()
+    positions_T, slots_T = positions_T.contiguous(), slots_T.contiguous()
     has_norm = q_norm_D is not None and k_norm_D is not None
     fp8 = cache_layer.dtype is torch.float8_e4m3fn
     if ring is None or ring_index_T is None:
@@ -83,8 +91,7 @@ def rope_write(
         has_ring = True
     _rope_write[(tokens, triton.cdiv(heads, _HEAD_TILE))](
         qkv_TCD, positions_T, cos_PD2, sin_PD2, q_out, cache_layer.view(torch.uint8) if fp8 else cache_layer, tables_BM,
-        slots_T if rows_T is None else rows_T, slots_T,
-        ring, ring_index_T,
+        slots_T if rows_T is None else rows_T.contiguous(), slots_T, ring, ring_index_T.contiguous(),
         q_norm_D if has_norm else cos_PD2, k_norm_D if has_norm else cos_PD2,
         qkv_TCD.stride(0), cache_layer.stride(0), cache_layer.stride(1), cache_layer.stride(2), cache_layer.stride(3),
         tables_BM.stride(0), ring.stride(0), epsilon,
@@ -104,7 +111,14 @@ def embed(token_ids_T: Tensor, table_VE: Tensor, *, out: Tensor | None = None) -
     if tokens == 0:
         return out
     _embed[(tokens, triton.cdiv(width, _EMBED_BLOCK))](
-        token_ids_T, table_VE, out, table_VE.stride(0), out.stride(0), vocab_size, WIDTH=width, BLOCK=_EMBED_BLOCK
+        token_ids_T.contiguous(),
+        table_VE,
+        out,
+        table_VE.stride(0),
+        out.stride(0),
+        vocab_size,
+        WIDTH=width,
+        BLOCK=_EMBED_BLOCK,
     )
     return out
 

@@ -26,6 +26,8 @@ def greedy(logits_RV: Tensor, *, out: Tensor | None = None, workspace: Tensor | 
         out = torch.empty(rows, dtype=torch.int32, device=logits_RV.device)
     if rows == 0:
         return out
+    if logits_RV.stride(1) != 1:
+        logits_RV = logits_RV.contiguous()
     if workspace is None:
         workspace = torch.empty(workspace_size(rows, vocab_size), dtype=torch.int64, device=logits_RV.device)
     tiles = triton.cdiv(vocab_size, GREEDY_TILE)

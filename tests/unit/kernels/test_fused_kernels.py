@@ -252,6 +252,56 @@ def test_embedding_gives_zeros_for_what_is_no_token(run, dtype):
     assert bool((out[[1, 3]] == 0).all())
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_kernels_follow_their_twins_at_any_shape(seed):
+    """Shapes nobody thought of: odd widths, heads that fill no tile, blocks of any size, several tokens a row."""
+    draw = np.random.default_rng(seed)
+    dtype = DTYPES[seed % 3]
+    tokens, width = int(draw.integers(1, 6)), int(draw.integers(1, 9000 if seed % 4 == 0 else 300))
+    residual, delta = randn(tokens, width, dtype=dtype), randn(tokens, width, dtype=dtype, seed=1)
+    twins, weight = residual.clone(), randn(width, dtype=dtype, seed=2)
+    normed = triton_fused.add_rms_norm(delta, residual, weight, 1e-5)
+    assert_same_to_rounding(normed, fused.add_rms_norm(delta, twins, weight, 1e-5))
+    assert torch.equal(residual, twins)
+    both = randn(tokens, 2 * width, dtype=dtype)
+    assert_same_to_rounding(triton_fused.silu_mul(both), fused.silu_mul(both))
+
+    heads, kv_heads, dim, size = (int(draw.integers(1, most)) for most in (20, 12, 140, 40))
+    dim *= 2
+    qkv = randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype, seed=3)
+    table = randn(50, dim // 2, dtype=dtype, seed=4)
+    places = torch.from_numpy(draw.permutation(3 * 4 * size)[:tokens])
+    rows, slots = (places // (4 * size)).to(torch.int32), (places % (4 * size)).to(torch.int32)
+    tables = torch.from_numpy(draw.permutation(12)).view(3, 4).to(torch.int32)
+    positions = torch.from_numpy(draw.integers(0, 50, tokens)).to(torch.int32)
+    ours, theirs = (torch.zeros(12, 2, kv_heads, size, dim, dtype=dtype) for _ in range(2))
+    arguments = (qkv, positions, table, table.flip(0))
+    q = triton_fused.rope_write(*arguments, ours, tables, rows, slots, num_heads=heads)
+    assert_same_to_rounding(q, fused.rope_write(*arguments, theirs, tables, rows, slots, num_heads=heads))
+    assert_same_to_rounding(ours, theirs)
+
+
+def test_strided_inputs_are_read_as_they_are():
+    turned, weight = randn(40, 3).T, randn(40, seed=1)
+    residual = randn(3, 40, seed=2)
+    twin = residual.clone()
+    normed = triton_fused.add_rms_norm(turned, residual, weight, EPSILON)
+    assert_same_to_rounding(normed, fused.add_rms_norm(turned, twin, weight, EPSILON))
+    assert_same_to_rounding(triton_fused.silu_mul(turned), fused.silu_mul(turned))
+    with pytest.raises(AssertionError, match="contiguous"):
+        triton_fused.add_rms_norm(None, turned, weight, EPSILON)
+    ours, twins = Step(), Step()
+    for step in (ours, twins):
+        step.qkv = step.qkv.transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("positions", "rows", "slots", "ring_index"):
+            setattr(step, name, torch.stack((getattr(step, name), torch.zeros(9).int()), dim=1)[:, 0])
+    assert_same_to_rounding(ours.run(triton_fused.rope_write), twins.run(fused.rope_write))
+    assert_same_to_rounding(ours.cache, twins.cache)
+    assert_same_to_rounding(ours.ring, twins.ring)
+    table, ids = randn(9, 40), torch.tensor([3, 9, 5, 9, 8, 9])[::2]
+    assert torch.equal(triton_fused.embed(ids, table), table[[3, 5, 8]])
+
+
 def test_nothing_to_do_is_fine():
     none = torch.empty(0, 16)
     assert triton_fused.add_rms_norm(None, none, torch.ones(16), EPSILON).shape == (0, 16)

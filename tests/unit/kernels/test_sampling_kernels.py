@@ -84,6 +84,7 @@ def test_greedy_kernel_writes_where_it_is_told_and_reads_rows_of_a_wider_tensor(
     assert triton_sampling.greedy(wide[:, :5000], out=out, workspace=workspace) is out
     assert out.tolist() == wide[:, :5000].argmax(-1).tolist()
     assert triton_sampling.greedy(wide[:0]).shape == (0,)
+    assert triton_sampling.greedy(wide[:, :9].T).tolist() == wide[:, :9].argmax(0).tolist()
 
 
 HOW = [
