@@ -2,7 +2,7 @@
 
 Floors divide counted work (`trtkit.plan.work`) by somebody's rates: this machine's measured ceilings, or the datasheet's.
 The prediction allows for what kernels leave unused. Its shares are assumed, from the aims of the kernels, until a GPU has
-been measured; `bench/LOG.md` keeps how far off they were.
+been measured; `bench/LOG.md` keeps how far off they were. The decode step is taken to be bound by reading.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from bench.gpu.memory import most_in_flight
 from trtkit.benchmark.shares import floor as measured_floor
 from trtkit.benchmark.shares import mean_context, multiply_limit
-from trtkit.plan.work import decode_flops, kv_read_bytes, prefill_flops, weight_read_bytes
+from trtkit.plan.work import kv_read_bytes, prefill_flops, weight_read_bytes
 from trtkit.spec.catalog import gpu_spec
+from trtkit.spec.dtype import DType
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
 from trtkit.spec.plan import BuildPlan
@@ -24,10 +25,19 @@ from trtkit.spec.workload import Workload
 
 WEIGHT_READ_SHARE = 0.90
 KV_READ_SHARE = 0.75
-MATMUL_SHARE = 0.85
-STEP_OVERHEAD_MS = 0.4
-WIDENING_BYTES = 2 * 2.0
-"""Bytes moved per 8-bit weight when a prompt's step widens it before the product: written and read again in 16 bits."""
+MATMUL_SHARE = 0.92
+FUSED_MATMUL_SHARE = 0.5
+FUSED_TOKENS = 512
+"""Steps of at most so many tokens widen 8-bit weights inside our own product, larger ones before the library's."""
+WIDENING_BYTES = 4.0
+"""Bytes moved for each weight that is widened first: written and read again in 16 bits."""
+SMALL_KERNEL_BYTES = 42
+"""Bytes that norms, rotation and activation move for each token, layer and hidden element (counted)."""
+STEP_OVERHEAD_MS = 1.0
+"""A decode step's small kernels, 0.7 ms by the count in bench/LOG.md, and attention's second pass."""
+ATTAINED = {READ_BYTES_S: 0.90, matmul_key(DType.FP8): 0.70}
+ATTAINED_PRODUCT = 0.80
+"""What a ceiling measured on such a card is of its datasheet; stands in for a probe before there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +77,7 @@ def cell_numbers(
     return (
         floor_numbers(plan, workload, limits, running, Source.MODELED),
         floor_numbers(plan, workload, sheet, running, Source.DATASHEET),
-        predict(plan, workload, limits, running) or predict(plan, workload, sheet, running),
+        predict(plan, workload, limits, running) or predict(plan, workload, attainable(plan.gpu), running),
     )
 
 
@@ -88,25 +98,44 @@ def floor_numbers(
     return _numbers(workload, batch, least.prefill_s, least.step_s, source, "counted work / rates")
 
 
+def attainable(gpu: str) -> dict[str, Measured]:
+    """The datasheet's rates less what even a plain kernel leaves unused (assumed)."""
+    found = {}
+    for key, limit in datasheet_limits(gpu).items():
+        share = ATTAINED.get(key, ATTAINED_PRODUCT)
+        found[key] = Measured(value=limit.value * share, unit=limit.unit, source=Source.ASSUMED)
+    return found
+
+
 def predict(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int) -> Numbers | None:
-    """The floor with assumed shares for reading weights, reading caches and multiplying, and an overhead a step."""
-    flops, reading = multiply_limit(plan, limits), limits.get(READ_BYTES_S)
-    if flops is None or reading is None or workload.isl == 0:
+    """The floor by ceilings, with assumed shares for reading weights and caches and multiplying, and small kernels."""
+    reading = limits.get(READ_BYTES_S)
+    if multiply_limit(plan, limits) is None or reading is None or workload.isl == 0:
         return None
     model, quant = plan.model, plan.quant
-    weights = weight_read_bytes(model, quant)
+    weights_s = weight_read_bytes(model, quant) / (reading.value * WEIGHT_READ_SHARE)
     context = mean_context(plan, workload)
-    weights_s = weights / (reading.value * WEIGHT_READ_SHARE)
     cache_s = kv_read_bytes(model, quant, [context] * batch) / (reading.value * KV_READ_SHARE)
-    products_s = batch * decode_flops(model, context) / (flops.value * MATMUL_SHARE)
-    step_s = max(weights_s, products_s) + cache_s + STEP_OVERHEAD_MS / MS_PER_S
-    # Prompts that arrive together share steps, and each step widens the weights once.
+    step_s = weights_s + cache_s + STEP_OVERHEAD_MS / MS_PER_S
+    prefill_s = _prompt_s(plan, workload, limits)
+    return _numbers(workload, batch, prefill_s, step_s, Source.ASSUMED, "ceilings x assumed shares")
+
+
+def _prompt_s(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured]) -> float:
+    """One prompt's share of the steps that it shares with those that arrive together."""
+    model, quant = plan.model, plan.quant
+    rate, reading = multiply_limit(plan, limits), limits[READ_BYTES_S].value
+    assert rate is not None
     together = workload.concurrency or 1
-    steps = math.ceil(together * workload.isl / plan.limits.max_num_tokens) / together
-    widening_s = steps * weights * WIDENING_BYTES / reading.value if quant.is_weight_only else 0.0
-    products_s = prefill_flops(model, workload.isl) / (flops.value * MATMUL_SHARE)
-    prefill_s = max(products_s + widening_s, weights_s / together)
-    return _numbers(workload, batch, prefill_s, step_s, Source.ASSUMED, "floor / assumed shares")
+    tokens = together * workload.isl
+    fused = quant.is_weight_only and min(tokens, plan.limits.max_num_tokens) <= FUSED_TOKENS
+    share = FUSED_MATMUL_SHARE if fused else MATMUL_SHARE
+    steps = math.ceil(tokens / plan.limits.max_num_tokens)
+    weights = weight_read_bytes(model, quant)
+    widening_s = steps * weights * WIDENING_BYTES / reading if quant.is_weight_only and not fused else 0.0
+    small_s = workload.isl * model.num_layers * model.hidden_size * SMALL_KERNEL_BYTES / (reading * MATMUL_SHARE)
+    products_s = prefill_flops(model, workload.isl) / (rate.value * share)
+    return max(products_s + small_s + widening_s / together, steps * weights / reading / together)
 
 
 def _numbers(workload: Workload, batch: int, prefill_s: float, step_s: float, source: Source, note: str) -> Numbers:
@@ -129,5 +158,5 @@ def cell_seconds(plan: BuildPlan, workload: Workload, prediction: Numbers | None
         return 0.0
     repeat_s = workload.num_requests * workload.osl / prediction.tps.value
     short = replace(workload, osl=8, concurrency=warmup, num_requests=warmup)
-    warm = predict(plan, short, datasheet_limits(plan.gpu), warmup)
+    warm = predict(plan, short, attainable(plan.gpu), warmup)
     return repeats * repeat_s + (warmup * short.osl / warm.tps.value if warm else 0.0)

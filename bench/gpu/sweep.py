@@ -38,7 +38,7 @@ MARGIN_S = 5.0
 """What is kept of the time limit for closing the engine and writing."""
 ROOMY_FRACTION = 0.7
 LOST = "engine: "
-_FIRST_GUESS = 1.5
+_FIRST_GUESS = 1.25
 """A cell is taken to last this much longer than predicted until one has been measured."""
 
 
