@@ -16,6 +16,8 @@ from trtkit.kernels.paged import score_layers
 from trtkit.spec.plan import Limits
 
 ALL = slice(None)
+PART_QUERIES = 640
+"""Queries of a prompt that are scored at once: four parts of a long segment leave out three eighths of its square."""
 Queries = tuple[Tensor, Tensor]
 
 
@@ -51,7 +53,19 @@ class DeviceScores:
             watched.pending = 0
 
     def add(self, watched: Watched, layers: slice, queries: Queries, table_M: Tensor, live: int, first: int) -> None:
-        """Add the mass that consecutive queries at positions from `first` on give."""
+        """Add the mass that consecutive queries at positions from `first` on give; their keys are the last live ones.
+
+        A long segment goes in parts: no part looks at keys that lie in its future as a whole.
+        """
+        count = queries[0].shape[1]
+        for start in range(0, count, PART_QUERIES):
+            part = slice(start, min(count, start + PART_QUERIES))
+            asked = (queries[0][:, part], queries[1][:, part])
+            self._add_part(watched, layers, asked, table_M, live - count + part.stop, first + start)
+
+    def _add_part(
+        self, watched: Watched, layers: slice, queries: Queries, table_M: Tensor, live: int, first: int
+    ) -> None:
         count = queries[0].shape[1]
         decay = watched.policy.watch.decay
         score_layers(

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from support.eviction_streams import DeviceSide, ReferenceSide, Stream, make_sequence, random_cut, stream_model
 
+from trtkit.engine.device import scores
+
 POLICIES = [
     "h2o:24,sinks=2,recent=6,interval=4,scorer=sum",
     "h2o:24,sinks=2,recent=6,interval=4,scorer=mean",
@@ -85,6 +87,22 @@ def test_pieces_that_the_caller_chose_end_where_it_said(kv):
     sequence, _ = both(kv, prompt=70, output=1, chunk_ends=(3, 30, 31, 55, 60))
     assert sequence.prefill_quantum is None
     assert sequence.evictions == 5
+
+
+@pytest.mark.parametrize("kv", POLICIES[:3])
+def test_long_segments_are_scored_in_parts_without_the_keys_of_their_future(kv, monkeypatch):
+    monkeypatch.setattr(scores, "PART_QUERIES", 5)
+    asked = []
+    score_layers = scores.score_layers
+    monkeypatch.setattr(
+        scores,
+        "score_layers",
+        lambda *a, **o: asked.append((a[0].shape[1], a[5], int(a[7][-1]))) or score_layers(*a, **o),
+    )
+    both(kv, prompt=70, output=12)
+    assert max(count for count, _, _ in asked) == 5
+    first_segment = [(count, live) for count, live, last in asked[:6] if last < 32]
+    assert first_segment == [(5, 5), (5, 10), (5, 15), (5, 20), (5, 25), (5, 30)]
 
 
 def test_prompt_below_the_budget_is_one_segment_and_evicts_once_it_has_grown():
