@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu import sources
 from bench.gpu.common import Session, arguments, table
+from bench.gpu.forecast import datasheet_limits
 from bench.gpu.h2o_runs import (
     SETTLING_STEPS,
     EvictionClock,
@@ -34,13 +35,17 @@ from bench.gpu.h2o_runs import (
     first_token_ms,
     replay_load,
     requests_of,
+    round_bytes,
     run_load,
 )
+from bench.gpu.llama70b import detect_gpu
+from trtkit.engine.device.eviction import RING_QUERIES
 from trtkit.engine.dummy import dummy_weights
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.spec.catalog import model_preset
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import TrtkitError
+from trtkit.spec.limits import READ_BYTES_S
 from trtkit.spec.measured import Measured, Source
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
@@ -245,7 +250,21 @@ class Bench:
                     value=statistics.fmean(spent), unit="ms", source=Source.MEASURED, note="CUDA events around end_step"
                 )
                 samples["eviction_ms"] = tuple(spent)
+                values |= self._floor()
         self.session.add(Row(item=item, variant=kv, values=values, samples=samples))
+
+    def _floor(self) -> dict[str, Measured]:
+        """What eviction must move per step, over the datasheet's rate; nothing for a GPU that the catalog lacks."""
+        scale = self.scale
+        try:
+            rate = datasheet_limits(detect_gpu())[READ_BYTES_S]
+        except (TrtkitError, KeyError):
+            return {}
+        moved = round_bytes(scale.model, scale.budget, scale.interval, RING_QUERIES) * self.batch / scale.interval
+        floor = Measured(
+            value=moved / rate.value * 1e3, unit="ms", source=Source.DATASHEET, note="bytes over read rate"
+        )
+        return {"eviction_floor_ms_per_step": floor}
 
     def equal_live(self) -> None:
         """A full cache as long as the cut one is on average: what is left is eviction's cost."""

@@ -31,6 +31,7 @@ from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
 
+_WORD, _SLOT = 4, 8
 SETTLING_STEPS = 3
 """Steps after a pause that are not counted: the one in flight ended long ago, and the host has no lead yet."""
 
@@ -141,6 +142,22 @@ class EvictionClock:
         torch.cuda.synchronize()
         pairs, self._pairs = self._pairs, []
         return [before.elapsed_time(after) for before, after in pairs]
+
+
+def round_bytes(model: ModelSpec, budget: int, interval: int, ring: int, kv_bytes: int = 2) -> int:
+    """Bytes one sequence moves from one eviction to the next, counted: scoring in passes of `ring` queries, then a round.
+
+    The round copies positions and mass, divides, ranks, judges the answer, and moves as many tokens as it evicts.
+    """
+    rows, dim = model.num_layers * model.num_kv_heads, model.head_dim
+    lengths = [budget + min(interval, fed) for fed in range(ring, interval + ring, ring)]
+    keys = sum(lengths) * rows * dim * kv_bytes
+    queries = 2 * interval * model.num_layers * model.num_heads * (2 * dim + _WORD)
+    ledger = sum(3 * length * _WORD for length in lengths) * rows
+    live = (budget + interval) * _WORD * rows
+    copies, means, ranking = 4 * live, 5 * live, 2 * live + budget * _SLOT * rows
+    judged, moved = budget * _SLOT * rows, (budget * _SLOT + 2 * interval * (2 * dim * kv_bytes + 2 * _WORD)) * rows
+    return keys + queries + ledger + copies + means + ranking + judged + moved
 
 
 def first_token_ms(engine: EmbeddedEngine, request: Request) -> float:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.gpu import h2o
-from bench.gpu.h2o_runs import InFlight, Paced, Setup, replay_load, requests_of, run_load
+from bench.gpu.h2o_runs import InFlight, Paced, Setup, replay_load, requests_of, round_bytes, run_load
 from trtkit.engine.dummy import dummy_weights
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import EngineError
@@ -129,3 +129,13 @@ def test_means_are_of_steps_in_which_somebody_waited():
 def test_fewer_layers_change_nothing_else():
     assert replace(h2o.real_scale(2), model=h2o.real_scale(None).model) == h2o.real_scale(None)
     assert h2o.real_scale(2).model.num_layers == 2
+
+
+def test_bytes_of_a_round_are_mostly_its_passes_over_the_keys():
+    model = h2o.real_scale(None).model
+    keys = (2048 + 16 + 2048 + 32) * 80 * 8 * 128 * 2
+    moved = round_bytes(model, 2048, 32, 16)
+    assert moved == pytest.approx(0.9073e9, rel=1e-3)
+    assert keys / moved == pytest.approx(0.748, abs=0.005)
+    assert round_bytes(model, 2048, 32, 32) == pytest.approx(moved - keys / 2, rel=0.03)
+    assert round_bytes(model, 2048, 30, 16) > round_bytes(model, 2048, 16, 16)
