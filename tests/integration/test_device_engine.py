@@ -268,3 +268,24 @@ def test_a_capture_that_fails_leaves_the_step_eager_and_says_so() -> None:
     assert "batch size 8 not captured" in note
     assert "\n" not in note
     assert _run(engine, requests) == expected
+
+
+def test_only_steps_that_are_launched_at_once_are_launched_ahead() -> None:
+    engine = open_device(_hf(), late=1)
+    runner, ahead = engine._runner, []
+    launch, collect, flying = runner.launch, runner.collect, []
+
+    def launched(step: Any) -> Any:
+        ahead.append((max(len(row.token_ids) for row in step.rows) > 1, len(flying)))
+        flying.append(launch(step))
+        return flying[-1]
+
+    def collected(flight: Any) -> list[int]:
+        assert flying.pop(0) is flight, "in order"
+        return collect(flight)
+
+    runner.launch, runner.collect = launched, collected  # type: ignore[method-assign]
+    told = _run(engine, _requests(12))
+    assert len(told) == 14
+    assert {count for reads_prompt, count in ahead if reads_prompt} == {0}
+    assert {count for reads_prompt, count in ahead if not reads_prompt} >= {1}

@@ -112,6 +112,9 @@ class EmbeddedEngine:
             while more or flights or self._scheduler.has_work:
                 more = yield from self._pull(source, more)
                 yield from self._drop_cancelled()
+                while flights and self._scheduler.reads_prompt:
+                    # Its launch takes so long that a token which is here already would be told late.
+                    yield from self._land(flights.popleft())
                 step = self._scheduler.schedule()
                 if step.feeds:
                     flights.append(self._launch(step))

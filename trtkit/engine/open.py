@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class _Setup:
     kv_policy: KVPolicySpec
     device: str
     path: str = AUTO
+    notes: tuple[str, ...] = ()
     observer_factory: ObserverFactory | None = None
     runner_factory: RunnerFactory | None = None
 
@@ -86,10 +88,19 @@ def open_embedded(
         path=path,
     )
     _check_device(setup.device)
-    if plan.load_format == "dummy":
-        quant = plan.quant if compute is None else quant_for(plan.quant.precision, compute=compute)
-        return _assemble(dummy_weights(plan.model, quant, device=setup.device), setup)
-    return _assemble(load_weights(bundle.checkpoint_dir, dtype=compute, device=setup.device)[0], setup)
+    if setup.device != "cpu":
+        from trtkit.engine.device.setup import checked_kernels
+
+        limits_now = effective_limits(plan.model, setup.limits)
+        found = checked_kernels(plan.model, plan.quant, setup.kv_dtype, limits_now, setup.device)
+        setup = replace(setup, notes=found)
+    with _fitting("the weights"):
+        if plan.load_format == "dummy":
+            quant = plan.quant if compute is None else quant_for(plan.quant.precision, compute=compute)
+            weights = dummy_weights(plan.model, quant, device=setup.device)
+        else:
+            weights = load_weights(bundle.checkpoint_dir, dtype=compute, device=setup.device)[0]
+    return _assemble(weights, setup)
 
 
 def open_checkpoint(
@@ -191,18 +202,20 @@ def _assemble(weights: ModelWeights, setup: _Setup) -> EmbeddedEngine:
     if factory is None and (device != "cpu" or setup.path == "device"):
         from trtkit.engine.device.setup import device_needs, runner_factory
 
-        needs = device_needs(weights, limits, kv_dtype, policy, device)
-        factory, beside = runner_factory(policy, limits, device, needs), needs.total
-    return EmbeddedEngine(
-        weights,
-        limits,
-        pool_blocks(weights.model, limits, kv_dtype, max(0, _available_bytes(device) - beside)),
-        kv_dtype=kv_dtype,
-        kv_policy=policy,
-        observer_factory=setup.observer_factory or eviction_observer(policy, weights.model),
-        runner_factory=factory,
-        device=device,
-    )
+        with _fitting(f"a step of {limits.max_num_tokens} tokens beside the weights"):
+            needs = device_needs(weights, limits, kv_dtype, policy, device)
+        factory, beside = runner_factory(policy, limits, device, needs, setup.notes), needs.total
+    with _fitting("the engine's own buffers beside the KV pool"):
+        return EmbeddedEngine(
+            weights,
+            limits,
+            pool_blocks(weights.model, limits, kv_dtype, max(0, _available_bytes(device) - beside)),
+            kv_dtype=kv_dtype,
+            kv_policy=policy,
+            observer_factory=setup.observer_factory or eviction_observer(policy, weights.model),
+            runner_factory=factory,
+            device=device,
+        )
 
 
 def _cache_type(quant: QuantSpec, compute: DType | None, wanted: DType | None) -> DType:
@@ -223,5 +236,20 @@ def _available_bytes(device: str) -> int:
 
 
 def _check_device(device: str) -> None:
-    if device != "cpu" and not torch.cuda.is_available():
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
         raise MissingDependencyError(f"device {device!r}: no CUDA device here; use device 'cpu'")
+    if torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+
+
+@contextlib.contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Say in one line that the device's memory ran out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise CapacityError(
+            f"the device's memory does not hold {what}; use a narrower precision, lower max_num_tokens or max_batch_size"
+        ) from None

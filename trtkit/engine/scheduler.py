@@ -86,6 +86,13 @@ class Scheduler:
         """Somebody is queued or running."""
         return bool(self.waiting or self.running)
 
+    @property
+    def reads_prompt(self) -> bool:
+        """The next step will feed somebody several tokens."""
+        if any(sequence.pending > 1 for sequence in self.running):
+            return True
+        return bool(self.waiting) and self._admissible(self.waiting[0])
+
     def schedule(self) -> Step:
         """Decide the next step. Empty only when there is no work."""
         step = Step()

@@ -156,7 +156,7 @@ class DecodeLayout:
     @staticmethod
     def words(size: int, table_columns: int) -> int:
         """Memory that a step of `size` rows takes."""
-        return size * (7 + table_columns) + 8
+        return (size + 3) * 7 + size * table_columns + 3
 
     def send(self, inputs: Seq[RowInput], targets: Seq[int], facts: RowFacts, staging: Staging) -> DeviceStep:
         """Start the copy of a step; the step returned has its rows, in the order of `inputs`."""

@@ -63,10 +63,11 @@ class DeviceRunner:
         max_in_flight: int = 1,
         capture: Capture | None = None,
         activation_bytes: int | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         """Reserve static memory and capture the decode steps, if there is a `capture`.
 
-        `activation_bytes`, the peak of the largest step, is passed on in `memory`.
+        `activation_bytes`, the peak of the largest step, is passed on in `memory`, `notes` among `notes`.
         """
         device, model = cache.device, weights.model
         self.weights = plain_weights(weights)
@@ -94,6 +95,7 @@ class DeviceRunner:
         self._staging = Staging(device, limits.max_batch_size * (8 + columns) + 8 * limits.max_num_tokens)
         self._answers = [pinned(limits.max_batch_size, device) for _ in range(max_in_flight + 2)]
         self._turn = 0
+        self._given_notes = notes
         before = _device_bytes(device)
         self._graphs = self._captured(buckets(limits.max_batch_size), capture)
         self._memory = self._split(before, activation_bytes)
@@ -126,7 +128,7 @@ class DeviceRunner:
     def notes(self) -> tuple[str, ...]:
         """What does not run as it should, one line each."""
         fallen = (f"{family} kernels fell back to torch: {why}" for family, why in disabled().items())
-        return (*self._graphs.notes, *fallen)
+        return (*self._given_notes, *self._graphs.notes, *fallen)
 
     @property
     def observer(self) -> DeviceEviction | None:

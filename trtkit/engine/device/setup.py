@@ -1,4 +1,4 @@
-"""Preparing a device before an engine is opened on it: activations measured, the KV pool sized, the runner made."""
+"""Preparing a device before an engine is opened on it: kernels checked, activations measured, the runner made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trtkit.engine.device.eviction import DeviceEviction
 from trtkit.engine.device.graphs import CudaCapture
 from trtkit.engine.device.rings import ring_bytes
 from trtkit.engine.device.runner import DeviceRunner
-from trtkit.engine.paged_cache import PagedCache
+from trtkit.engine.paged_cache import PagedCache, torch_dtype
 from trtkit.engine.runner import RunnerFactory
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
@@ -21,10 +21,16 @@ from trtkit.kv.ledger import BYTES_PER_SLOT
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Request
 from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
+from trtkit.spec.quant import QuantSpec
 
 _SAMPLING_BYTES = 48
 """Peak of drawing a token, per logit: sorted values and ids, probabilities and their sums in float64 (counted)."""
+
+
+_WARM_TOKENS = (48, 128)
+"""Prompts that bring every kernel of small steps to be compiled and tuned before a request waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +47,39 @@ class DeviceNeeds:
         return max(self.activations, self.sampling) + self.eviction
 
 
+def checked_kernels(
+    model: ModelSpec, quant: QuantSpec, kv_dtype: DType, limits: Limits, device: str
+) -> tuple[str, ...]:
+    """Hold every kernel against float64 on `device` before weights fill it; what failed, one line each.
+
+    What is wrong is switched off and its twin takes over, so an engine opens on a GPU that nobody has tried.
+    """
+    from trtkit.kernels.selfcheck import CheckShape, self_check
+
+    compute, stored = torch_dtype(quant.compute), torch_dtype(quant.weights)
+    shape = CheckShape(
+        dtype=compute,
+        kv_dtype=torch_dtype(kv_dtype),
+        weight_dtypes=(compute,) if stored is compute else (stored, compute),
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        tokens_per_block=limits.tokens_per_block,
+        max_tokens=min(limits.max_num_tokens, CheckShape().max_tokens),
+    )
+    rows = self_check(torch.device(device), shape)
+    return tuple(f"{row.family} kernel: {row.message}" for row in rows if not row.ok)
+
+
 def runner_factory(
-    policy: KVPolicySpec, limits: Limits, device: str, needs: DeviceNeeds | None = None
+    policy: KVPolicySpec,
+    limits: Limits,
+    device: str,
+    needs: DeviceNeeds | None = None,
+    notes: tuple[str, ...] = (),
 ) -> RunnerFactory:
     """Makes the runner of an engine on `device`, its decode steps captured where that is CUDA."""
 
@@ -54,6 +91,7 @@ def runner_factory(
             DeviceEviction(policy, weights.model, scheduler),
             capture=None if device == "cpu" else CudaCapture(torch.device(device)),
             activation_bytes=None if needs is None else needs.activations,
+            notes=notes,
         )
 
     return build
@@ -83,10 +121,10 @@ def eviction_bytes(weights: ModelWeights, limits: Limits, policy: KVPolicySpec) 
     return rings + limits.max_batch_size * ledger
 
 
-def largest_step(limits: Limits) -> list[RowInput]:
-    """Prompts of `max_num_tokens` tokens together, as far as the batch holds them, all in block 0."""
+def prompt_step(limits: Limits, tokens: int) -> list[RowInput]:
+    """Prompts of that many tokens together, as far as the batch holds them, all in block 0."""
     rows: list[RowInput] = []
-    left = limits.max_num_tokens
+    left = tokens
     while left > 0 and len(rows) < limits.max_batch_size:
         count = min(left, limits.max_seq_len)
         sequence = Sequence(request=_request(count), arrival=len(rows), max_new_tokens=1)
@@ -102,14 +140,21 @@ def _activation_bytes(weights: ModelWeights, limits: Limits, kv_dtype: DType, de
         return 0
     cache = PagedCache(weights.model, 1, limits.tokens_per_block, kv_dtype, device)
     runner = DeviceRunner(weights, cache, limits)
-    runner.run(largest_step(limits), [])
+    for tokens in (*(n for n in _WARM_TOKENS if n < limits.max_num_tokens), limits.max_num_tokens):
+        _read_prompts(runner, limits, tokens)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    runner = DeviceRunner(weights, cache, limits)
-    runner.run(largest_step(limits), [])
+    _read_prompts(runner, limits, limits.max_num_tokens)
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _read_prompts(runner: DeviceRunner, limits: Limits, tokens: int) -> None:
+    rows = prompt_step(limits, tokens)
+    runner.run(rows, [])
+    for row in rows:
+        runner.forget(row.sequence)
 
 
 def _request(count: int) -> Request:
