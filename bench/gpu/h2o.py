@@ -28,7 +28,6 @@ from bench.gpu import sources
 from bench.gpu.common import Session, arguments, table
 from bench.gpu.forecast import datasheet_limits
 from bench.gpu.h2o_runs import (
-    SETTLING_STEPS,
     EvictionClock,
     Paced,
     Setup,
@@ -38,22 +37,19 @@ from bench.gpu.h2o_runs import (
     round_bytes,
     run_load,
 )
+from bench.gpu.h2o_scale import Scale, real_scale, rehearsal_scale
 from bench.gpu.llama70b import detect_gpu
 from trtkit.engine.device.eviction import RING_QUERIES
 from trtkit.engine.dummy import dummy_weights
 from trtkit.engine.loop import EmbeddedEngine
-from trtkit.spec.catalog import model_preset
-from trtkit.spec.dtype import DType
 from trtkit.spec.errors import TrtkitError
 from trtkit.spec.limits import READ_BYTES_S
 from trtkit.spec.measured import Measured, Source
-from trtkit.spec.model import ModelSpec
-from trtkit.spec.plan import Limits
 from trtkit.spec.quant import quant_for
 from trtkit.spec.units import GB
 
 KIND = "gpu-h2o"
-FULL, SHARE = "full", 0.5
+FULL = "full"
 RESERVE_BYTES = int(2.5 * GB)
 """Left free beside weights and pool: activations of a step of 4,096 tokens, widened weights, graphs (assumed)."""
 PAIR_BYTES = int(1.0 * GB)
@@ -68,83 +64,6 @@ class Row:
     variant: str
     values: dict[str, Measured] = field(default_factory=dict)
     samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """The real size, or a rehearsal's."""
-
-    model: ModelSpec
-    compute: DType | None
-    isl: int
-    osl: int
-    limits: Limits
-    interval: int
-    rounds: int
-    most_batch: int
-    load: int
-
-    @property
-    def budget(self) -> int:
-        """Half of a request's longest context."""
-        return int(SHARE * (self.isl + self.osl))
-
-    @property
-    def half(self) -> str:
-        """The policy, its budget in tokens so that both kinds of step have the same."""
-        return f"h2o:{self.budget},interval={self.interval}"
-
-    @property
-    def chunk(self) -> int:
-        """Steps of one turn: whole eviction intervals."""
-        return 2 * self.interval
-
-    @property
-    def measured_steps(self) -> int:
-        """Decode steps that a request lives through, with some to spare."""
-        return self.rounds * (self.chunk + SETTLING_STEPS) + 4 * self.most_batch + 16
-
-
-def real_scale(layers: int | None) -> Scale:
-    model = model_preset("llama-3-70b")
-    return Scale(
-        model=model if layers is None else replace(model, num_layers=layers),
-        compute=None,
-        isl=4096,
-        osl=512,
-        limits=Limits(max_batch_size=16, max_num_tokens=4096, max_seq_len=4608),
-        interval=32,
-        rounds=4,
-        most_batch=8,
-        load=24,
-    )
-
-
-def rehearsal_scale() -> Scale:
-    model = replace(
-        model_preset("llama-3-70b"),
-        name="llama-3-70b-rehearsal",
-        num_layers=2,
-        hidden_size=64,
-        num_heads=8,
-        num_kv_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        vocab_size=256,
-        eos_ids=(2,),
-    )
-    limits = Limits(max_batch_size=8, max_num_tokens=96, max_seq_len=160, tokens_per_block=4)
-    return Scale(
-        model=model,
-        compute=DType.FP32,
-        isl=96,
-        osl=48,
-        limits=limits,
-        interval=4,
-        rounds=2,
-        most_batch=2,
-        load=10,
-    )
 
 
 class Bench:
