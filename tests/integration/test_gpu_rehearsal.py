@@ -332,6 +332,31 @@ def test_the_page_shows_a_real_record_with_its_shares_and_what_was_not_run(tmp_p
     assert "c8-isl512: not run: no time" in text
 
 
+def test_at_the_real_size_impossible_speeds_are_marked_invalid_and_have_no_price(tmp_path: Path) -> None:
+    ceilings = {
+        READ_BYTES_S: Measured(value=3.0e12, unit="B/s", source=Source.MEASURED),
+        matmul_key(DType.BF16): Measured(value=798e12, unit="FLOP/s", source=Source.MEASURED),
+    }
+    scale = table.real_scale("h100-sxm")
+    record = run(tmp_path, scale=scale, cells=["c1-isl512", "c1-isl4096"], limits=ceilings)
+    for cell in record.rows[0].cells:
+        assert not cell.result.valid
+        failed = {check.name for check in cell.result.checks if check.status == "fail"}
+        assert {"datasheet_limit.tpot_ms", "machine_limit.tpot_ms"} <= failed
+        assert cell.usd_per_million is None
+        assert cell.floor_measured.ttft_ms.value > cell.floor_datasheet.ttft_ms.value
+        assert len(cell.result.repeats) == 3
+        assert cell.result.environment.machine_limits == ceilings
+    assert any("INVALID" in line or "invalid" in line for line in summary.lines_of(tmp_path, ["core"]))
+
+
+def test_a_real_call_with_no_time_begins_nothing_and_lists_everything(tmp_path: Path) -> None:
+    scale = table.real_scale("h100-sxm")
+    record = run(tmp_path, scale=scale, rows=table.default_rows(scale), time_limit_s=6.0)
+    assert [row.row for row in record.rows] == table.default_rows(scale)
+    assert all(cell.not_run and cell.prediction is not None for row in record.rows for cell in row.cells)
+
+
 def test_a_cell_on_a_hot_card_is_invalid_has_no_price_and_says_so_in_the_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
