@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.device_engines import Replays, device_runner, open_device
-from support.engine_models import kv_bytes, limits, make_hf, open_hf, quantised, spec_of, trtllm_tensors
+from support.engine_models import fp8_rows, kv_bytes, limits, make_hf, open_hf, quantised, spec_of, trtllm_tensors
 
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_tensors
@@ -147,6 +147,17 @@ def test_int8_weights_and_narrow_caches_run_too(kv_dtype: DType) -> None:
     expected = _run(open_tensors(spec, tensors, limits=size, kv_dtype=kv_dtype), requests)
     device = open_tensors(spec, tensors, limits=size, kv_dtype=kv_dtype, runner_factory=device_runner(spec))
     assert _run(device, requests) == expected
+
+
+def test_fp8_weights_run_on_both_paths_with_short_and_long_prompts() -> None:
+    spec, tensors = spec_of(_hf()), fp8_rows(trtllm_tensors(_hf()))
+    requests = [
+        Request(request_id=str(length), prompt_ids=tuple(range(3, 3 + length)), max_tokens=10, ignore_eos=True)
+        for length in (4, 90)
+    ]
+    size = limits(kv_memory_bytes=kv_bytes(spec, 128), max_num_tokens=128)
+    expected = _run(open_tensors(spec, tensors, limits=size), requests)
+    assert _run(open_tensors(spec, tensors, limits=size, runner_factory=device_runner(spec)), requests) == expected
 
 
 def test_an_8_bit_cache_is_evicted_too() -> None:

@@ -100,6 +100,20 @@ def quantised(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
+def fp8_rows(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """FP8 per output channel of the linear layers inside blocks, scales in fp32."""
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        linear = name.startswith("transformer.layers") and name.endswith(".weight") and tensor.ndim == 2
+        if not linear:
+            result[name] = tensor
+            continue
+        scale = tensor.float().abs().amax(dim=1) / 448
+        result[name] = (tensor / scale[:, None]).to(torch.float8_e4m3fn)
+        result[name.removesuffix("weight") + "per_channel_scale"] = scale
+    return result
+
+
 def limits(**overrides: Any) -> Limits:
     """Small limits: 4 tokens per block, 64 blocks' worth of memory set by the caller's model."""
     values: dict[str, Any] = {"max_batch_size": 8, "max_num_tokens": 64, "max_seq_len": 128, "tokens_per_block": 4}

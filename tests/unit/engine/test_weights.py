@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import write_checkpoint
-from support.engine_models import make_hf, quantised, spec_of, trtllm_tensors
+from support.engine_models import fp8_rows, make_hf, quantised, spec_of, trtllm_tensors
 
 from trtkit.engine.matmul import onednn_works, plain
 from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
@@ -170,3 +170,42 @@ def test_a_scheme_for_gpus_is_refused_by_name(tmp_path: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedError, match="does not run quantisation FP8;"):
         load_weights(directory)
+
+
+def test_fp8_rows_multiply_as_their_dequantised_matrices() -> None:
+    hf = make_hf()
+    weights = weights_from_tensors(spec_of(hf), fp8_rows(trtllm_tensors(hf)), dtype=DType.BF16)
+    matrix = weights.layers[0].gate_up
+    assert matrix.weight.dtype is torch.float8_e4m3fn
+    assert matrix.scale is not None
+    assert matrix.scale.dtype is torch.float32
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = x.double() @ (matrix.weight.double() * matrix.scale.double()[:, None]).T
+    torch.testing.assert_close(matrix(x).double(), exact, rtol=0.01, atol=0.01)
+
+
+def test_fp8_activations_of_many_tokens_are_rounded_row_by_row() -> None:
+    hf = make_hf()
+    matrix = weights_from_tensors(spec_of(hf), fp8_rows(trtllm_tensors(hf)), dtype=DType.FP32).layers[0].down
+    assert matrix.scale is not None
+    x = torch.randn(100, 48, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 100)[:, None]
+    exact = x.double() @ (matrix.weight.double() * matrix.scale.double()[:, None]).T
+    error = (matrix(x) - exact).norm(dim=1) / exact.norm(dim=1)
+    assert 0.005 < float(error.max()) < 0.08, "e4m3 keeps four bits, whatever the row's size"
+
+
+def test_an_fp8_weight_that_is_not_a_number_is_refused() -> None:
+    hf = make_hf()
+    tensors = fp8_rows(trtllm_tensors(hf))
+    name = "transformer.layers.1.mlp.proj.weight"
+    tensors[name].view(torch.uint8)[3, 4] = 0xFF
+    with pytest.raises(InputError, match=rf"{name}: holds NaN"):
+        weights_from_tensors(spec_of(hf), tensors, dtype=DType.FP32)
+
+
+def test_gate_and_up_of_different_types_are_refused() -> None:
+    hf = make_hf()
+    tensors = fp8_rows(trtllm_tensors(hf))
+    tensors["transformer.layers.0.mlp.gate.weight"] = trtllm_tensors(hf)["transformer.layers.0.mlp.gate.weight"]
+    with pytest.raises(InputError, match="one is FP8 and the other is not"):
+        weights_from_tensors(spec_of(hf), tensors, dtype=DType.FP32)
