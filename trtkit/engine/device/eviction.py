@@ -29,6 +29,7 @@ from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence
 from trtkit.kernels.paged import compact_layers
 from trtkit.kv.policy import Budget, EvictionPolicy
+from trtkit.spec.engine import Request
 from trtkit.spec.errors import EngineError, UnsupportedError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
@@ -39,6 +40,9 @@ RING_QUERIES = 16
 would read all keys twice as often (docs/h2o.md)."""
 _MIN_PIECE = 256
 _PIECES_PER_BUDGET = 8
+_WARM_BUDGETS = 4
+"""Of a share of the context, the largest budget and its halves: rankings are compiled per power of two."""
+_NOBODY = Request(request_id="", prompt_ids=(0,), max_tokens=1)
 
 
 def device_piece(budget: Budget, limits: Limits) -> int:
@@ -74,6 +78,7 @@ class DeviceEviction:
         self._rules = EvictionRules(spec, model, scheduler, piece)
         self.counters = self._rules.counters
         self.failed: dict[Sequence, str] = {}
+        self._spec = spec
         self._model = model
         self._limits = scheduler.limits
         policy = self._rules.policy(spec)
@@ -93,6 +98,29 @@ class DeviceEviction:
         self.rings = DeviceRings(self._model, max_batch_size, self.ring_size, dtype or storage.dtype, device)
         self._verdicts = Verdicts(max_batch_size, device)
         self._scores = DeviceScores(storage, self.rings, self._limits)
+        if storage.is_cuda:
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """Run a round at the engine's budgets, so that no request waits for a kernel to be compiled.
+
+        Nothing is served yet: what the first block holds, and what becomes of it, is nobody's.
+        """
+        for shrunk in range(_WARM_BUDGETS if self._spec.budget_fraction else 1):
+            policy = self._rules.policy(self._spec.resolved(max(1, self._limits.max_seq_len >> shrunk)))
+            live = 0 if policy is None else min(policy.budget.tokens + policy.budget.interval, self._limits.max_seq_len)
+            if policy is None or live <= policy.budget.tokens:
+                continue
+            watched = self._begin_watching(Sequence(request=_NOBODY, arrival=0, max_new_tokens=1), policy, live)
+            table = torch.zeros(-(-live // self._storage.shape[4]), dtype=torch.int32, device=self._storage.device)
+            watched.unlisted = live
+            watched.pending = min(self.ring_size, live) if policy.watch.queries == "all" else 0
+            self._scores.flush(watched, table, live)
+            if watched.window:
+                self._scores.look_through_ring(watched, ALL, table, live, live, None)
+            self._shrink(watched, ALL, table, live, live)
+            self._verdicts.clear(watched.slot)
+            self.forget(watched.sequence)
 
     def admit(self, sequence: Sequence) -> None:
         """See `LayerObserver.admit`.
@@ -166,7 +194,7 @@ class DeviceEviction:
         elif queries == "last":
             self._look(watched, layer, row, watched.plan[segment.start], q_THD, lse_TH)
         if segment.evict_to is not None:
-            self._shrink(watched, layers, row, segment.live, first + segment.count)
+            self._shrink(watched, layers, row.table, segment.live, first + segment.count)
 
     def end_step(self, rows: Seq[StepRow]) -> None:
         """After every row's sequence was advanced: bring full rings into the ledgers and evict what is due."""
@@ -196,16 +224,20 @@ class DeviceEviction:
         if watched is None:
             policy = self._rules.policy(sequence.kv_policy)
             assert policy is not None, "admit marks only sequences with a policy"
-            model, device = self._model, self._storage.device
-            watched = Watched(
-                sequence=sequence,
-                policy=policy,
-                ledger=DeviceLedger(model.num_layers, model.num_kv_heads, sequence.peak_slots, device),
-                slot=self.rings.take(),
-                prompt_cap=sequence.kv_cap_tokens,
-            )
-            self._verdicts.clear(watched.slot)
-            self._watched[sequence] = watched
+            watched = self._begin_watching(sequence, policy, sequence.peak_slots)
+        return watched
+
+    def _begin_watching(self, sequence: Sequence, policy: EvictionPolicy, capacity: int) -> Watched:
+        model = self._model
+        watched = Watched(
+            sequence=sequence,
+            policy=policy,
+            ledger=DeviceLedger(model.num_layers, model.num_kv_heads, capacity, self._storage.device),
+            slot=self.rings.take(),
+            prompt_cap=sequence.kv_cap_tokens,
+        )
+        self._verdicts.clear(watched.slot)
+        self._watched[sequence] = watched
         return watched
 
     def _after_decode(self, watched: Watched, row: StepRow) -> None:
@@ -222,7 +254,7 @@ class DeviceEviction:
         live = watched.ledger.length
         if watched.window:
             self._scores.look_through_ring(watched, ALL, row.table, live, sequence.num_tokens, watched.evicted_at)
-        self._shrink(watched, ALL, row, live, sequence.num_tokens)
+        self._shrink(watched, ALL, row.table, live, sequence.num_tokens)
         watched.ledger.length = budget.tokens
         watched.evicted_at = sequence.num_tokens
         self._rules.record(sequence, budget, [live - budget.tokens], budget.tokens)
@@ -254,13 +286,13 @@ class DeviceEviction:
             last = (q_THD[None, -count:], lse_TH[None, -count:])
             scores.look(watched, layers, last, row.table, segment.live, scores.positions(end - count, count))
 
-    def _shrink(self, watched: Watched, layers: slice, row: StepRow, live: int, num_tokens: int) -> None:
+    def _shrink(self, watched: Watched, layers: slice, table_M: Tensor, live: int, num_tokens: int) -> None:
         """Leave the policy's choice in front, in the cache and in the ledger."""
         keep_LHK = self._decide(watched, layers, live, num_tokens)
         ledger = watched.ledger
         compact_layers(
             self._storage[layers],
-            row.table,
+            table_M,
             keep_LHK.flatten(0, 1),
             live,
             ledger.mass_LHC[layers],

@@ -9,6 +9,7 @@ import torch
 from support.eviction_streams import DeviceSide, ReferenceSide, Stream, make_sequence, stream_model
 
 from trtkit.engine import eviction_rules
+from trtkit.engine.device import eviction as eviction_module
 from trtkit.engine.device.eviction import RING_QUERIES, DeviceEviction, device_piece
 from trtkit.engine.device.rings import NOWHERE, ring_bytes
 from trtkit.engine.device.verdicts import Verdicts
@@ -248,3 +249,29 @@ def test_piece_is_an_eighth_of_the_budget_and_fits_beside_a_full_batch():
     roomy = {"max_num_tokens": 4096, "max_batch_size": 32}
     assert [piece(tokens, **roomy) for tokens in (24, 2048, 4096)] == [256, 256, 512]
     assert piece(2048, max_num_tokens=64, max_batch_size=8) == 57
+
+
+@pytest.mark.parametrize(
+    "kv", ["full", "h2o:50%,interval=4", H2O, "snapkv:24,recent=8,interval=4", "window:24", "h2o:100%"]
+)
+def test_warming_up_leaves_nothing_behind(kv):
+    device = DeviceSide(stream_model(), lambda *_: 8, kv=kv)
+    device.eviction.rings.queries_LPHD.zero_()
+    device.eviction.warm_up()
+    eviction = device.eviction
+    assert not eviction.failed
+    assert not eviction._watched
+    eviction.end_step([])
+    assert not eviction._verdicts._staged
+    assert (eviction.counters.evictions, eviction.counters.blocks_freed) == (0, 0)
+    assert len(eviction.rings._free) == 8
+
+
+def test_warming_up_covers_half_sizes_of_a_share_down_to_an_eighth(monkeypatch):
+    asked = []
+    monkeypatch.setattr(eviction_module, "compact_layers", lambda *args: asked.append(args[3]))
+    DeviceSide(stream_model(), lambda *_: 8, kv="h2o:50%,interval=4").eviction.warm_up()
+    assert asked == [164, 84, 44, 24]
+    asked.clear()
+    DeviceSide(stream_model(), lambda *_: 8, kv=H2O).eviction.warm_up()
+    assert asked == [28]
