@@ -82,8 +82,9 @@ def compile_only(capability: int = 90, *, all_configs: bool = False, sass: bool 
 
     def compile_and_stop(self, *args, grid, warmup, **kwargs):
         kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in seen:
-            seen.add(kernel.hash)
+        made = getattr(kernel, "hash", None)  # none yet where kernels are compiled ahead, in threads
+        if made is not None and made not in seen:
+            seen.add(made)
             found.append(_describe(kernel, kwargs, capability, sass=sass))
         return kernel
 

@@ -27,6 +27,7 @@ def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
     """Products of each weight type, for each width of the tokens."""
     bound = BOUNDS[shape.dtype]
     for weight_type in shape.weight_dtypes:
+        _compile_ahead(device, shape, weight_type)
         name = str(weight_type).removeprefix("torch.")
         most = max(WIDTHS) if weight_type in _QUANTISED else matmul.DECODE_ROWS
         for width in WIDTHS:
@@ -50,34 +51,47 @@ def _widths(device: torch.device, shape: CheckShape, weight_type: torch.dtype, w
         run = partial(_product, device, shape, weight_type, tokens)
         yield Check(family="matmul", name=f"{name}, {tokens} tokens", bound=bound, run=run)
         return
-    from trtkit.kernels import triton_matmul
+    from trtkit.kernels import matmul_configs
 
     item = weight_type.itemsize
-    for tile in triton_matmul.candidates(width, item):
+    for tile in matmul_configs.candidates(width, item):
         yield Check(
             family="matmul",
             name=f"{name}, {tokens} tokens, {tile.outputs} x {tile.inputs} in {tile.stages} stages, {tile.warps} warps",
             bound=bound,
             run=partial(_product, device, shape, weight_type, tokens, tile=tile),
-            on_failure=partial(_give_up, width, item, tile),
+            on_failure=partial(_give_up, device, width, item, tile),
         )
 
 
-def _give_up(width: int, item: int, tile: Tile) -> bool:
-    """Reject one tile; whether any is left."""
-    from trtkit.kernels import triton_matmul
+def _compile_ahead(device: torch.device, shape: CheckShape, weight_type: torch.dtype) -> None:
+    """Compile all tiles at once; one after the other they take half a minute."""
+    if use_triton(torch.empty(0, device=device), matmul.FAMILY) and shape.dtype is not torch.float32:
+        from trtkit.kernels import triton_matmul
 
-    triton_matmul.reject(width, tile)
-    return bool(triton_matmul.candidates(width, item))
+        x, weight, scale = _problem(Draws(device), shape, weight_type, 1)
+        triton_matmul.compile_ahead(x, weight, scale, has_bias=shape.has_bias)
+
+
+def _give_up(device: torch.device, width: int, item: int, tile: Tile) -> bool:
+    """Reject one tile; whether any is left."""
+    from trtkit.kernels import matmul_configs, triton_matmul
+
+    matmul_configs.reject(width, tile)
+    triton_matmul.forget_counts(device)
+    return bool(matmul_configs.candidates(width, item))
 
 
 def _product(
     device: torch.device, shape: CheckShape, weight_type: torch.dtype, tokens: int, *, tile: Tile | None = None
 ) -> Answers:
     x, weight, scale = _problem(Draws(device), shape, weight_type, tokens)
-    bias = Draws(device, 1).normal(_OUTPUTS, dtype=shape.dtype)
+    bias = Draws(device, 1).normal(_OUTPUTS, dtype=shape.dtype) if shape.has_bias else None
     expected = x.double() @ _wide(weight).T
-    expected = (expected if scale is None else expected * scale.double()) + bias.double()
+    if scale is not None:
+        expected = expected * scale.double()
+    if bias is not None:
+        expected = expected + bias.double()
     if tile is None:
         yield matmul.linear(x, weight, scale, bias), expected
         return
@@ -121,11 +135,12 @@ def _problem(
     draws: Draws, shape: CheckShape, weight_type: torch.dtype, tokens: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x = draws.normal(tokens, _INPUTS, dtype=shape.dtype)
-    scale = ((draws.uniform(_OUTPUTS) + 0.5) / 128).to(shape.dtype)
+    is_fp8 = weight_type is torch.float8_e4m3fn
+    scale = ((draws.uniform(_OUTPUTS) + 0.5) / 128).to(torch.float32 if is_fp8 else shape.dtype)
     if weight_type is torch.int8:
         return x, draws.integers(-127, 128, _OUTPUTS, _INPUTS, dtype=torch.int8), scale
     drawn = draws.normal(_OUTPUTS, _INPUTS)
-    if weight_type is torch.float8_e4m3fn:
+    if is_fp8:
         return x, (drawn * 100).clamp(-448, 448).to(weight_type), scale
     return x, drawn.to(shape.dtype), None
 

@@ -37,6 +37,7 @@ class CheckShape:
     vocab_size: int = 128_256
     tokens_per_block: int = 32
     max_tokens: int = 512
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, ANN401, E741, PLR0913, PLR0917
+# ruff: noqa: ANN001, ANN202, E741, PLR0913, PLR0917
 # mypy: disable-error-code="no-untyped-def"
 """The Triton kernels behind `trtkit.kernels.matmul`; that module says what each computes, and its twins define it.
 
@@ -11,6 +11,7 @@ them, in order, so the result is the same every time.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.kernels.dispatch import num_multiprocessors
+from trtkit.kernels.matmul_configs import INTERPRETED, bench, candidates, configuration, configurations, prune, tile_of
 from trtkit.kernels.matmul_tiles import (
     FUSED_ROWS,
     MAX_TILES,
@@ -29,16 +31,10 @@ from trtkit.kernels.matmul_tiles import (
     num_pieces,
     num_tiles,
     partial_elements,
-    tiles_for,
     token_width,
 )
 from trtkit.kernels.scaled_mm import fp8_way, scaled_linear
 from trtkit.kernels.triton_widen import widen
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_INTERPRETED_TILE = Tile(outputs=32, inputs=64, stages=1, warps=4, left=False)
-_REGISTERS = {2: 248, 4: 248}
-"""By warps of a program, what a thread may have: without it the assembler spills to fit more programs on an SM."""
 
 
 def linear(
@@ -78,11 +74,11 @@ def fused_linear(
     partial = torch.empty(room, dtype=torch.float32, device=x_TI.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        chosen = _tile(meta)
+        chosen = tile_of(meta)
         tiles = num_tiles(chosen, width, tokens, outputs)
         return tiles, num_pieces(chosen, width, tiles, inputs, item, multiprocessors)
 
-    kernel, fixed = (_linear, {}) if tile is None else (_linear.fn, _configuration(tile).all_kwargs())
+    kernel, fixed = (_linear, {}) if tile is None else (_linear.fn, configuration(tile).all_kwargs())
     kernel[grid](
         x_TI, bits, scale_O, bias_O, out, partial, _counters(x_TI.device), tokens, outputs, inputs,
         x_TI.stride(0), out.stride(0), KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=bias_O is not None,
@@ -91,16 +87,29 @@ def fused_linear(
     return out
 
 
-def candidates(width: int, item: int) -> tuple[Tile, ...]:
-    """Tiles that may run for a width of the tokens and size of a weight's element."""
+def forget_counts(device: torch.device) -> None:
+    """After a launch that failed, or was wrong: no tile has arrived anywhere."""
+    _counters(device).zero_()
+
+
+def compile_ahead(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, *, has_bias: bool) -> None:
+    """Compile every tile for operands like these, on all cores of the host, without running any.
+
+    A tile that does not compile is passed over here; whoever runs it is told.
+    """
     if INTERPRETED:
-        return (_INTERPRETED_TILE,)
-    return tuple(tile for tile in tiles_for(width, item) if (width, tile) not in _rejected())
-
-
-def reject(width: int, tile: Tile) -> None:
-    """Never choose `tile` again in this process, because it failed or was wrong; the others stay."""
-    _rejected().add((width, tile))
+        return
+    kind, bits = _kind(weight_OI)
+    numbers = torch.empty(16, dtype=torch.float32, device=x_TI.device)
+    width_O, width_I = weight_OI.shape
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for width in WIDTHS:
+            for tile in candidates(width, bits.element_size()):
+                _linear.fn.fn.warmup(
+                    x_TI, bits, scale_O, x_TI if has_bias else None, x_TI, numbers, numbers.view(torch.int32), 1,
+                    width_O, width_I, width_I, width_O, KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=has_bias,
+                    BT=width, ASM=True, EVEN=True, grid=(1,), **configuration(tile).all_kwargs(),
+                )  # fmt: skip
 
 
 def fp8_linear(
@@ -167,37 +176,6 @@ def _kind(weight_OI: Tensor) -> tuple[str, Tensor]:
     return "plain", weight_OI
 
 
-def _tile(meta: dict[str, Any]) -> Tile:
-    return Tile(
-        outputs=meta["BO"], inputs=meta["BI"], stages=meta["STAGES"], warps=meta["WARPS"], left=bool(meta["LEFT"])
-    )
-
-
-def _configuration(tile: Tile) -> triton.Config:
-    shape = {"BO": tile.outputs, "BI": tile.inputs, "STAGES": tile.stages, "WARPS": tile.warps, "LEFT": tile.left}
-    return triton.Config(shape, num_warps=tile.warps, maxnreg=_REGISTERS.get(tile.warps))
-
-
-def _configurations() -> list[triton.Config]:
-    if INTERPRETED:
-        return [_configuration(_INTERPRETED_TILE)]
-    return [_configuration(tile) for width in WIDTHS for item in (1, 2) for tile in tiles_for(width, item)]
-
-
-def _prune(_: list[triton.Config], named: dict[str, Any], **keywords: Any) -> list[triton.Config]:
-    return [_configuration(tile) for tile in candidates(keywords["BT"], named["weight"].element_size())]
-
-
-def _bench(call: Any, quantiles: Any) -> Any:
-    """Short: kernels take tens of microseconds, and there are dozens of shapes to choose for."""
-    return triton.testing.do_bench(call, warmup=3, rep=15, quantiles=quantiles)
-
-
-@cache
-def _rejected() -> set[tuple[int, Tile]]:
-    return set()
-
-
 @cache
 def _counters(device: torch.device) -> Tensor:
     """One zero per tile; every launch leaves them zero again. Launches that share them must share a stream."""
@@ -205,10 +183,10 @@ def _counters(device: torch.device) -> Tensor:
 
 
 @triton.autotune(
-    configs=_configurations(),
+    configs=configurations(),
     key=["O", "I", "BT"],
-    prune_configs_by={"early_config_prune": _prune},
-    do_bench=_bench,
+    prune_configs_by={"early_config_prune": prune},
+    do_bench=bench,
 )
 @triton.heuristics({"EVEN": lambda named: named["I"] % named["BI"] == 0})
 @triton.jit(do_not_specialize=["T"])

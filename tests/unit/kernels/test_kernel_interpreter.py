@@ -14,10 +14,12 @@ import pytest
 FILES = (
     "test_fused_kernels.py",
     "test_layer_kernels.py",
+    "test_matmul_kernels.py",
     "test_paged_kernels.py",
     "test_prefill_kernels.py",
     "test_ranking_kernels.py",
     "test_sampling_kernels.py",
+    "test_selfcheck_kernels.py",
     "test_slots_kernels.py",
     "../engine/device/test_eviction_kernels.py",
 )

@@ -17,7 +17,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
-from trtkit.kernels import triton_matmul
+from trtkit.kernels import matmul_configs, triton_matmul
 
 EPS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -124,7 +124,7 @@ def test_kernel_in_bf16_with_strided_rows_equals_the_float64_product():
 
 def test_pieces_of_a_long_sum_are_added_by_the_last_program_and_the_counters_are_left_at_zero():
     x, weight, scale, _, expected = random_problem(3, 64, 1000, torch.int8, torch.float16)
-    assert matmul_tiles.num_pieces(triton_matmul._INTERPRETED_TILE, 16, 2, 1000, 1, 132) > 2
+    assert matmul_tiles.num_pieces(matmul_configs.INTERPRETED_TILE, 16, 2, 1000, 1, 132) > 2
     out = torch.empty(3, 64, dtype=torch.float16)
     for _ in range(2):
         triton_matmul.fused_linear(x, weight, scale, None, out)

@@ -18,7 +18,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
-from trtkit.kernels import triton_matmul
+from trtkit.kernels import matmul_configs, matmul_tiles, triton_matmul
 
 SHAPE = CheckShape(
     dtype=torch.float16, kv_dtype=torch.float16, weight_dtypes=(torch.int8, torch.float8_e4m3fn, torch.float16),
@@ -34,12 +34,12 @@ def kernels_instead_of_twins(monkeypatch):
     monkeypatch.setattr(check_matmul, "_INPUTS", 512)
     monkeypatch.setattr(check_matmul, "_OUTPUTS", 48)
     yield
-    triton_matmul._rejected().clear()
+    matmul_configs._rejected().clear()
     for family in dispatch.disabled():
         dispatch.enable(family)
 
 
-@pytest.mark.parametrize("family", [family for family in dispatch.FAMILIES if family != "paged"])
+@pytest.mark.parametrize("family", dispatch.FAMILIES)
 def test_kernels_of_a_family_pass(family):
     rows = self_check(torch.device("cpu"), SHAPE, families=[family])
     assert rows
@@ -48,11 +48,11 @@ def test_kernels_of_a_family_pass(family):
 
 def test_a_wrong_tile_is_rejected_and_the_family_stays_while_another_is_left(monkeypatch):
     """The interpreter knows one tile; here there seem to be two, of which the first is wrong."""
-    only = triton_matmul._INTERPRETED_TILE
+    only = matmul_configs.INTERPRETED_TILE
     wrong = matmul_tile(outputs=16)
 
     def tiles(width, _):
-        return tuple(tile for tile in (wrong, only) if (width, tile) not in triton_matmul._rejected())
+        return tuple(tile for tile in (wrong, only) if (width, tile) not in matmul_configs._rejected())
 
     right = triton_matmul.fused_linear
 
@@ -60,7 +60,7 @@ def test_a_wrong_tile_is_rejected_and_the_family_stays_while_another_is_left(mon
         out = right(*arguments, tile=only)
         return out.mul_(1.1) if tile == wrong else out
 
-    monkeypatch.setattr(triton_matmul, "candidates", tiles)
+    monkeypatch.setattr(matmul_configs, "candidates", tiles)
     monkeypatch.setattr(triton_matmul, "fused_linear", product)
     rows = self_check(torch.device("cpu"), SHAPE, families=["matmul"])
     assert [row.name for row in rows if not row.ok and "16 x 64" not in row.name] == []
@@ -70,4 +70,4 @@ def test_a_wrong_tile_is_rejected_and_the_family_stays_while_another_is_left(mon
 
 
 def matmul_tile(*, outputs):
-    return triton_matmul.Tile(outputs=outputs, inputs=64, stages=1, warps=4, left=False)
+    return matmul_tiles.Tile(outputs=outputs, inputs=64, stages=1, warps=4, left=False)
