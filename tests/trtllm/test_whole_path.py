@@ -102,6 +102,7 @@ def test_an_engine_generates_and_scores_what_the_embedded_engine_does(
         (theirs,) = embedded.score([asked])
     with open_engine(bundle.path) as engine:
         assert tokens(engine) == expected
+        assert len(workers()) == 1, "the second rank"
         (ours,) = engine.score([asked])  # type: ignore[attr-defined]
         assert ours.continuations[0].logprobs == pytest.approx(theirs.continuations[0].logprobs, abs=5e-3)
         assert tokens(engine, 2) == {key: expected[key] for key in ("0", "1")}
@@ -124,7 +125,9 @@ def workers() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE and any("fake-mpi-worker" in a for a in process.cmdline()):
+            if process.status() == psutil.STATUS_ZOMBIE or not any("fake-mpi-worker" in a for a in process.cmdline()):
+                continue
+            if process.environ().get("FAKE_OWNER") == str(os.getpid()):
                 found.append(process)
         except psutil.Error:
             continue
@@ -218,7 +221,9 @@ def test_h2o_is_refused_where_the_release_has_no_room_for_it(quick: pytest.Monke
     assert bundle.manifest.fidelity is KVFidelity.EXACT
     manager = "tensorrt_llm._torch.pyexecutor.resource_manager:KVCacheManager"
     quick.setenv("FAKE_TRTLLM_WITHOUT", f"{manager}.rewind_kv_cache")
-    with pytest.raises(UnsupportedError, match=r"no room for H2O: freeing blocks: .* has no KVCacheManager\.rewind_kv_cache"):
+    with pytest.raises(
+        UnsupportedError, match=r"no room for H2O: freeing blocks: .* has no KVCacheManager\.rewind_kv_cache"
+    ):
         open_engine(bundle.path)
     with pytest.raises(UnsupportedError, match="no adapter"):
         build(tmp_path, target="pytorch", precision="fp16", kv="random:32")
