@@ -18,14 +18,17 @@ from trtkit.spec.units import format_gib
 def command(
     source: Annotated[Path, typer.Argument(help="Hugging Face model directory (safetensors, single or sharded).")],
     output: Annotated[Path, typer.Argument(help="Checkpoint directory to create.")],
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 (weight-only), int8-gptq or fp8-rowwise.")] = "fp16",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, int8 (weight-only), int8-gptq or fp8-rowwise.")
+    ] = "fp16",
     dtype: Annotated[
         str | None, typer.Option(help="Compute type beside int8 weights: fp16 (default), bf16 or fp32.")
     ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline-parallel ranks.")] = 1,
     target: Annotated[
-        str, typer.Option(help="embedded, or tensorrt (int8 stays 16-bit; TensorRT-LLM quantises).")
+        str,
+        typer.Option(help="embedded, or tensorrt (int8 stays 16-bit, int8-gptq unpacked; TensorRT-LLM does the rest)."),
     ] = "embedded",
     force: ForceFlag = False,
     as_json: JsonFlag = False,

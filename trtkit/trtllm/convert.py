@@ -46,8 +46,9 @@ FORMAT_VERSION = 3
 """Part of a plan's digest: raise it when the same plan gives other bytes or pieces, so that no old piece is kept."""
 
 PIECE_BYTES = 1 << 20
-PACKED_PIECES = 16
-"""GPTQ pieces are that many times larger, as their rows lie scattered in the file."""
+PACKED_PIECES = {"rows": 16, "groups": 64}
+"""GPTQ pieces are that many times larger, as their rows lie scattered in the source, and in an engine's groups also in the
+output, where every input takes a write of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +97,7 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
     source = open_source(source_dir, name=name)
     stored = with_source_groups(stored, source, parallel)
     scales = kv_scales(stored, source.model.num_layers, kv_scale)
-    pieces = list(_pieces(source, parallel))
+    pieces = list(_pieces(source, parallel, "groups" if stored.algo == GPTQ_INT8 else "rows"))
     layouts = _layouts(source, stored, parallel)
     plan_digest = _plan_digest(source, stored, parallel, scales)
     with working_directory(output) as partial, Journal(partial, plan_digest) as journal:
@@ -121,21 +122,21 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
     )
 
 
-def _pieces(source: SourceCheckpoint, parallel: Parallelism) -> Iterator[Slab]:
+def _pieces(source: SourceCheckpoint, parallel: Parallelism, form: str) -> Iterator[Slab]:
     """Everything to do, one source tensor after the other, with the ranks taking turns inside a tensor.
 
     A file takes one writer at a time, so threads working on the rows of one rank would wait for each other.
     """
     for _, parts in itertools.groupby(slabs(source.model, parallel), key=lambda slab: slab.source):
-        for turn in itertools.zip_longest(*(_cut(source, slab) for slab in parts)):
+        for turn in itertools.zip_longest(*(_cut(source, slab, form) for slab in parts)):
             yield from (piece for piece in turn if piece is not None)
 
 
-def _cut(source: SourceCheckpoint, slab: Slab) -> Iterator[Slab]:
+def _cut(source: SourceCheckpoint, slab: Slab, form: str) -> Iterator[Slab]:
     """Pieces of at most `PIECE_BYTES` of source, always whole rows; more for GPTQ, whose rows lie scattered."""
     tensor = source.tensors[slab.source]
     row_bytes = tensor.entry.num_bytes // tensor.entry.shape[0]
-    step = max(1, PIECE_BYTES * (1 if tensor.packed is None else PACKED_PIECES) // row_bytes)
+    step = max(1, PIECE_BYTES * (1 if tensor.packed is None else PACKED_PIECES[form]) // row_bytes)
     for begin in range(0, slab.rows, step):
         yield replace(
             slab,

@@ -84,6 +84,15 @@ class GptqMatrix:
         numbers: NDArray[np.int8] = (unsigned ^ np.uint8(_ZERO)).view(np.int8)
         return numbers
 
+    def transposed(self, row: int, count: int) -> NDArray[np.int8]:
+        """The same as int8 [cols, count], which is nearly how they lie in the file."""
+        block = np.ascontiguousarray(self._words[:, row : row + count]).view(np.uint8).reshape(-1, count, _PER_WORD)
+        unsigned = np.empty((block.shape[0], _PER_WORD, count), dtype=np.uint8)
+        for place in range(_PER_WORD):
+            np.bitwise_xor(block[:, :, place], np.uint8(_ZERO), out=unsigned[:, place])
+        numbers: NDArray[np.int8] = unsigned.reshape(self.cols, count).view(np.int8)
+        return numbers
+
     def values(self, row: int, count: int) -> NDArray[np.float32]:
         """The same multiplied with their scales, float32 [count, cols]; exact."""
         wide = self.numbers(row, count).astype(np.float32)

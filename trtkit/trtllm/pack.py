@@ -57,6 +57,7 @@ def main(plain: Path, packed: Path) -> None:
     if function is None:
         sys.exit(f"{_MODULE} has no {_FUNCTION}; GPTQ engines are known to work with TensorRT-LLM 1.2.x")
     _, stored, parallel = read_checkpoint_config(plain)
+    packed.mkdir(exist_ok=True)
 
     def pack(values: Any) -> Any:  # noqa: ANN401 - arrays
         result = function(torch.from_numpy(values), torch.int8, torch.float16)
@@ -92,4 +93,6 @@ def _declared(entry: TensorEntry, compute: DType) -> CheckpointTensor:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:  # noqa: PLR2004 - the program and its two directories
+        sys.exit("usage: python -m trtkit.trtllm.pack PLAIN PACKED")
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -59,7 +59,7 @@ class RankFile:
         data = np.ascontiguousarray(values)
         assert data.nbytes == row_bytes * values.shape[0]
         assert data.dtype == storage_dtype(self.dtype(name))
-        self._put([(data, entry.offset + row * row_bytes)])
+        self._put([(_bytes(data), entry.offset + row * row_bytes)])
 
     def write_columns(self, name: str, col: int, values: Array) -> None:
         """Put `values` [rows, cols], all rows of tensor `name`, at its columns [col, col + cols).
@@ -72,17 +72,20 @@ class RankFile:
         assert data.shape[0] == entry.shape[0]
         assert data.dtype == storage_dtype(self.dtype(name))
         if data.shape[1] == entry.shape[1]:
-            self._put([(data, entry.offset)])
+            self._put([(_bytes(data), entry.offset)])
             return
         row_bytes, first = entry.num_bytes // entry.shape[0], entry.offset + col * data.dtype.itemsize
-        self._put([(line, first + index * row_bytes) for index, line in enumerate(data)])
+        view, width = _bytes(data), data.shape[1] * data.dtype.itemsize
+        self._put(
+            [(view[index * width : (index + 1) * width], first + index * row_bytes) for index in range(data.shape[0])]
+        )
 
-    def _put(self, parts: Sequence[tuple[Array, int]]) -> None:
+    def _put(self, parts: Sequence[tuple[memoryview, int]]) -> None:
         # One writer a file: the kernel lets no more in, and its waiters spin.
         with output_errors(self._path), self._mutex:
-            for data, position in parts:
-                self._write(data.reshape(-1).view(np.uint8).data, position)
-                self._unflushed += data.nbytes
+            for view, position in parts:
+                self._write(view, position)
+                self._unflushed += view.nbytes
             if self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
                 self._settle()
                 self._unflushed = 0
@@ -111,6 +114,10 @@ class RankFile:
         while view:
             written = os.pwrite(self._descriptor, view, position)
             position, view = position + written, view[written:]
+
+
+def _bytes(data: Array) -> memoryview:
+    return data.reshape(-1).view(np.uint8).data
 
 
 class PieceWorker:
@@ -194,12 +201,12 @@ class PieceWorker:
 
     def _move_groups(self, piece: Slab, packed: GptqMatrix, where: str) -> None:
         """GPTQ's numbers and scales as they are, transposed: a source's rows are an engine's columns."""
-        numbers = packed.numbers(piece.row, piece.rows)
+        numbers = packed.transposed(piece.row, piece.rows)
         scales = packed.scales[:, piece.row : piece.row + piece.rows]
         for target in piece.targets:
             rank, name = self._ranks[target.rank], f"{target.name.removesuffix('weight')}{SCALING_FACTOR}"
             inputs = slice(target.col, target.col + target.cols)
-            rank.write_columns(target.name, target.row, numbers[:, inputs].T)
+            rank.write_columns(target.name, target.row, numbers[inputs])
             size = target.cols // rank.layout.entries[name].shape[0]
             groups = scales[np.arange(inputs.start, inputs.stop, size) // packed.group_size]
             stored = cast(groups, DType.FP32, rank.dtype(name), f"{where}: scale")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from trtkit.spec.checkpoint import CheckpointTensor, checkpoint_tensors, layer_prefix
+from trtkit.spec.checkpoint import CheckpointTensor, checkpoint_tensors, kv_heads_per_rank, layer_prefix
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError, UsageError
 from trtkit.spec.model import ModelSpec
@@ -115,7 +115,7 @@ def kv_scales(stored: QuantSpec, num_layers: int, given: Sequence[float] | None)
 
 
 def check_groups(model: ModelSpec, stored: QuantSpec, parallel: Parallelism) -> None:
-    """Refuse GPTQ splits that TensorRT-LLM's grouped layer would pad.
+    """Refuse GPTQ splits that TensorRT-LLM's grouped layer would pad: widths in and out that its groups do not divide.
 
     Raises:
         UnsupportedError: names the dimension.
@@ -125,6 +125,7 @@ def check_groups(model: ModelSpec, stored: QuantSpec, parallel: Parallelism) -> 
     step = stored.group_size * parallel.tp
     sizes = {"hidden size": model.hidden_size, "intermediate size": model.intermediate_size}
     sizes["query width"] = model.num_heads * model.head_dim
+    sizes["qkv width"] = (model.num_heads + 2 * parallel.tp * kv_heads_per_rank(model, parallel.tp)) * model.head_dim
     for what, size in sizes.items():
         if size % step:
             raise UnsupportedError(
