@@ -93,6 +93,6 @@ def _declared(entry: TensorEntry, compute: DType) -> CheckpointTensor:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:  # noqa: PLR2004 - the program and its two directories
+    if len(sys.argv) != 3:
         sys.exit("usage: python -m trtkit.trtllm.pack PLAIN PACKED")
     main(Path(sys.argv[1]), Path(sys.argv[2]))
