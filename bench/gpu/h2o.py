@@ -40,6 +40,7 @@ from bench.gpu.h2o_runs import (
 from bench.gpu.h2o_scale import Scale, real_scale, rehearsal_scale
 from bench.gpu.llama70b import detect_gpu
 from trtkit.engine.device.eviction import RING_QUERIES
+from trtkit.engine.device.setup import checked_kernels
 from trtkit.engine.dummy import dummy_weights
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.spec.errors import TrtkitError
@@ -82,6 +83,10 @@ class Bench:
         if self._setup is None:
             quant = quant_for("int8", compute=self.scale.compute)
             device = self.session.device.type
+            if not self.session.rehearsal:
+                self.session.record.notes += checked_kernels(
+                    self.scale.model, quant, quant.kv, self.scale.limits, device
+                )
             weights = dummy_weights(self.scale.model, quant, device=device)
             self._setup = Setup(weights=weights, kv_dtype=quant.kv, device=device)
         return self._setup
