@@ -104,7 +104,7 @@ class Bench:
         if not self._pair:
             scale, size = self.scale, self.scale.limits.tokens_per_block
             whole = -(-(scale.isl + scale.measured_steps) // size)
-            half = -(-(scale.budget + max(256, scale.budget // 8) + scale.interval) // size)
+            half = min(whole, -(-(scale.budget + max(256, scale.budget // 8) + scale.interval) // size))
             room = self.blocks() - PAIR_BYTES * (not self.session.rehearsal) // self.setup.block_bytes(scale.limits)
             self.batch = max(1, min(scale.most_batch, room // (whole + half + 2)))
             limits = replace(scale.limits, max_batch_size=self.batch)

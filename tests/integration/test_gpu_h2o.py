@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,3 +140,66 @@ def test_bytes_of_a_round_are_mostly_its_passes_over_the_keys():
     assert keys / moved == pytest.approx(0.748, abs=0.005)
     assert round_bytes(model, 2048, 32, 32) == pytest.approx(moved - keys / 2, rel=0.03)
     assert round_bytes(model, 2048, 30, 16) > round_bytes(model, 2048, 16, 16)
+
+
+@pytest.fixture
+def timed(setup, monkeypatch):
+    """A run that is no rehearsal, as far as the code can tell: times are this CPU's and mean nothing."""
+    rows, notes = [], []
+    record = SimpleNamespace(rows=rows, notes=notes, seed=3)
+    session = SimpleNamespace(
+        rehearsal=False, device=torch.device("cpu"), record=record, add=rows.append, left_s=600.0, finish=None
+    )
+    monkeypatch.setattr(h2o, "PAIR_BYTES", 0)
+    monkeypatch.setattr(h2o, "detect_gpu", lambda: "h100-sxm")
+    monkeypatch.setattr(h2o.EvictionClock, "take_ms", lambda self: [0.25] * 8)
+    bench = h2o.Bench(session, SCALE)
+    bench._setup = setup
+    monkeypatch.setattr(bench, "blocks", lambda: 240)
+    return bench
+
+
+def test_rates_stand_beside_their_rounds_and_what_was_predicted(timed):
+    with torch.inference_mode():
+        for item in (timed.equal_live, timed.first_token, timed.equal_request, timed.in_flight):
+            item()
+    rows = {(row.item, row.variant == "full"): row for row in timed.session.record.rows}
+    assert len(rows) == 8
+    half = rows["equal live length", False]
+    assert len(half.samples["step_ms"]) == len(half.samples["over_full"]) == SCALE.rounds
+    full = rows["equal live length", True].samples["step_ms"]
+    ratios = [ours / theirs - 1 for ours, theirs in zip(half.samples["step_ms"], full, strict=True)]
+    assert half.samples["over_full"] == pytest.approx(ratios)
+    value = half.values["over_full"]
+    assert value.low == min(ratios)
+    assert value.high == max(ratios)
+    assert value.source is Source.MEASURED
+    assert half.values["eviction_ms_per_step"].value == 0.25
+    batch = half.values["batch"].value
+    assert batch == 2
+    floor = round_bytes(SCALE.model, SCALE.budget, SCALE.interval, 16) * batch / SCALE.interval / 3.35e12 * 1e3
+    assert half.values["eviction_floor_ms_per_step"].value == pytest.approx(floor)
+    assert half.values["eviction_floor_ms_per_step"].source is Source.DATASHEET
+    assert "over_full" not in rows["equal live length", True].values
+    assert len(rows["first token", True].samples["ttft_ms"]) == SCALE.rounds
+    assert "in_flight" in rows["in flight", False].values
+    lines = h2o.lines_of(timed.session)
+    assert any("over_full (measured)" in line for line in lines)
+    assert any(line.startswith("in_flight_whole_load") and "modeled" in line for line in lines)
+
+
+def test_a_load_for_which_no_time_is_left_is_replayed_alone(timed):
+    timed.session.left_s = 10.0
+    with torch.inference_mode():
+        timed.in_flight()
+    for row in timed.session.record.rows:
+        assert "in_flight" not in row.values
+        assert row.values["in_flight_whole_load"].value > 1
+
+
+def test_refusals_of_an_item_become_what_a_session_survives():
+    def refuses():
+        raise EngineError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        h2o.told(refuses)()
