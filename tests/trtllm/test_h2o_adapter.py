@@ -13,7 +13,7 @@ from fakes.trtllm_kv.v12 import put_in
 from trtkit.backends.outline import outline, render
 from trtkit.spec.catalog import model_preset
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import UnsupportedError, UsageError
+from trtkit.spec.errors import CapacityError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVFidelity, parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
@@ -27,7 +27,7 @@ LIMITS = Limits(max_batch_size=8, max_num_tokens=8192, max_seq_len=8192, tokens_
 
 
 def plan(kv="h2o:2048,interval=64", *, limits=LIMITS, **changes):
-    given = {"quant": quant_for("fp16"), **changes}
+    given = {"quant": quant_for("fp16"), "parallel": Parallelism(tp=4), **changes}
     return BuildPlan(
         name="p", model=given.pop("model", model_preset("llama-3-70b")), model_source="x", gpu="h100-sxm",
         kv=parse_kv_policy(kv), target="pytorch", limits=limits, **given,
@@ -85,13 +85,12 @@ def test_prompts_come_whole_where_they_fit_a_step_and_in_chunks_where_they_do_no
 
 
 def test_a_dry_run_refuses_and_tells_before_a_worker_could(tmp_path):
-    four = {"parallel": Parallelism(tp=4)}
-    text = render(outline(plan(**four), tmp_path))
+    text = render(outline(plan(), tmp_path))
     assert "note       prompts come whole" in text
     assert "note       a batch of 8 x 2113 tokens fits the KV pool" in text
     with pytest.raises(UnsupportedError, match="do not fit a step of max_num_tokens 2048"):
-        outline(plan(limits=limits(max_num_tokens=2048, enable_chunked_prefill=False), **four), tmp_path)
-    later = outline(plan(target_version="1.3.0", **four), tmp_path, allow_approximate=True)
+        outline(plan(limits=limits(max_num_tokens=2048, enable_chunked_prefill=False)), tmp_path)
+    later = outline(plan(target_version="1.3.0"), tmp_path, allow_approximate=True)
     assert later.fidelity is KVFidelity.GENERATED_ONLY
     assert "carried out as generated_only, not as h2o" in render(later)
 
@@ -106,6 +105,14 @@ def test_freed_blocks_admit_others_only_where_nobody_could_ever_be_paused(pool_t
     (_, note) = ADAPTER.check(plan(), pool_tokens=pool_tokens)
     assert ("admit further requests" in note) == (policy == "MAX_UTILIZATION")
     assert ("a paused request's tokens would change" in note) == (policy != "MAX_UTILIZATION")
+
+
+def test_a_pool_that_could_not_hold_the_longest_prompt_is_refused_though_chunks_would_fit():
+    chunked = plan(limits=limits(max_num_tokens=1024))
+    assert ADAPTER.check(chunked, pool_tokens=8192)
+    with pytest.raises(CapacityError, match=r"room for 8191 tokens \(modeled\), max_seq_len is 8192"):
+        ADAPTER.check(chunked, pool_tokens=8191)
+    assert ADAPTER.check(plan(target_version="1.3.0"), pool_tokens=8191), "V2 makes room chunk by chunk"
 
 
 def test_arguments_follow_the_plan_on_1_2(monkeypatch, tmp_path):

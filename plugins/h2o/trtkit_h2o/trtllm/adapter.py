@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trtkit.kv.policy import Budget
-from trtkit.spec.errors import UnsupportedError
+from trtkit.spec.errors import CapacityError, UnsupportedError
 from trtkit.spec.plan import BuildPlan
 from trtkit_h2o.trtllm.install import h2o_llm_arguments
 from trtkit_h2o.trtllm.policies import RequestPolicies
@@ -28,8 +28,15 @@ class PagedAdapter:
         Raises:
             UnsupportedError: something that eviction cannot live with.
             UsageError: the policy contradicts itself or the plan's limits.
+            CapacityError: the longest prompt would never be admitted.
         """
         _refuse(plan)
+        longest = plan.limits.max_seq_len
+        if pool_tokens is not None and pool_tokens < longest and not _pins(plan):
+            raise CapacityError(
+                f"{plan.name}: TensorRT-LLM admits a prompt only when the KV pool could hold all of it, evicted or not; the pool "
+                f"has room for {pool_tokens} tokens (modeled), max_seq_len is {longest}: lower it or give more KV memory"
+            )
         if _pins(plan):
             return ("prompts are kept whole; the budget counts generated tokens",)
         return _prompt_note(plan), _capacity_note(plan, pool_tokens)
