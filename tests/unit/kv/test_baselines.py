@@ -61,3 +61,15 @@ def test_a_scorer_where_there_is_none_is_refused(kind):
     factory = {"window": SinksAndWindow, "snapkv": ObservationWindow, "random": RandomKeep}[kind]
     with pytest.raises(UsageError, match="has no scorer, but scorer=sum was given"):
         factory.from_spec(parse_kv_policy(f"{kind}:50,scorer=sum"))
+
+
+def test_random_keeps_the_same_whether_asked_about_all_layers_or_one_after_the_other():
+    policy = RandomKeep.from_spec(parse_kv_policy("random:12,recent=2,sinks=2"))
+    positions, mass = torch.arange(40).expand(3, 2, 40), torch.zeros(3, 2, 40)
+    whole = policy.select(CachedTokens(positions=positions, mass=mass, num_tokens=40))
+    for layer in range(3):
+        one = CachedTokens(
+            positions=positions[layer : layer + 1], mass=mass[layer : layer + 1], num_tokens=40, first_row=2 * layer
+        )
+        assert torch.equal(policy.select(one)[0], whole[layer])
+    assert not torch.equal(whole[0], whole[1])
