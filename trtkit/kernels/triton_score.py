@@ -98,15 +98,11 @@ def _score(
             queries + layer * places * (HEADS * GROUP * DIM) + (column * DIM)[:, None] + dim[None, :],
             mask=valid[:, None] & (dim < DIM)[None, :], other=0.0,
         ).to(DOT)  # fmt: skip
-        # A row that is not there has an infinite sum, so its share of every key is nothing.
-        normal = (
-            tl.load(lse + layer * lse_places * (HEADS * GROUP) + column, mask=valid, other=float("inf"))
-            * 1.4426950408889634
-        )
-        weight = tl.load(weights + index, mask=valid, other=0.0)
+        normal = tl.load(lse + layer * lse_places * (HEADS * GROUP) + column, mask=valid, other=0.0)
+        weight = tl.load(weights + index, mask=valid, other=0.0)  # a row that is not there counts nothing
         seen = tl.load(asked + index, mask=valid, other=0)
         logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
-        share = tl.exp2(logits * scale - normal[None, :]) * weight[None, :]
+        share = tl.exp2(logits * scale - (normal * 1.4426950408889634)[None, :]) * weight[None, :]
         received += tl.where(position[:, None] <= seen[None, :], share, 0.0)
     mass = tl.sum(received, 1)
     place = out + layer * stride_out + head * stride_out_head + slot

@@ -61,6 +61,12 @@ def test_any_row_keeps_what_sorting_keeps(case):
     both(torch.tensor([scores]), torch.tensor([positions]), num_tokens, **budget)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_nan_ranks_below_minus_infinity_however_new_it_is(tokens):
+    scores = torch.tensor([[math.nan, -math.inf, math.nan, -LARGEST, math.nan]])
+    both(scores, torch.tensor([[4, 0, 3, 1, 2]]), 5, tokens=tokens, sinks=0, recent=0)
+
+
 @pytest.mark.parametrize("positions", [torch.int32, torch.int64])
 @pytest.mark.parametrize("scores", [torch.float32, torch.bfloat16])
 def test_layers_and_heads_decide_alone_whatever_the_types(scores, positions):
