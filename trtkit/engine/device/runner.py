@@ -216,10 +216,7 @@ class DeviceRunner:
         """A step in static memory."""
         size = self._graphs.bucket(len(step.rows))
         facts = self._facts(step.rows)
-        places = [
-            facts.dump if draw is None else facts.place_of[row.sequence]
-            for row, draw in zip(step.rows, step.draws, strict=True)
-        ]
+        places = [facts.place_of[row.sequence] for row in step.rows]
         layout = self._buffers.layout(size)
         laid = layout.send(step.rows, places, facts, self._staging)
         self._graphs.run(size)

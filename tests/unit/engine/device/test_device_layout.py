@@ -24,7 +24,7 @@ def _input(name: str, tokens: tuple[int, ...], position: int, cached: int, table
     return RowInput(sequence=sequence, token_ids=tokens)
 
 
-SEGMENTS = (Segment(start=0, count=3, cached_before=2, evict_to=2), Segment(start=3, count=2, cached_before=2))
+SEGMENTS = (Segment(start=0, count=3, cached_before=2, evict_to=1), Segment(start=3, count=2, cached_before=1))
 
 
 def _facts(inputs: list[RowInput]) -> RowFacts:
@@ -55,7 +55,7 @@ def test_a_mixed_step_against_plain_loops() -> None:
     assert step.token_ids_T.tolist() == [PENDING, 50, 30, 31, 32, 40, 41, 20, 21, 22, 23, 24]
     assert step.sources_T.tolist() == [12, *([NOWHERE] * 11)]
     assert step.positions_T.tolist() == [7, 9, 0, 1, 2, 5, 6, 12, 13, 14, 15, 16]
-    assert step.slots_T.tolist() == [7, 3, 0, 1, 2, 5, 6, 2, 3, 4, 2, 3]
+    assert step.slots_T.tolist() == [7, 3, 0, 1, 2, 5, 6, 2, 3, 4, 1, 2]
     assert step.rows_T is not None
     assert step.rows_T.tolist() == [0, 1, 2, 2, 2, 3, 3, 4, 4, 4, 4, 4]
     assert step.lengths_B.tolist() == [8, 4]
@@ -75,8 +75,8 @@ def test_attention_calls_are_one_for_all_plain_rows_and_one_for_each_segment() -
     assert (first.tokens, first.segment) == (slice(7, 10), SEGMENTS[0])
     assert (second.tokens, second.segment) == (slice(10, 12), SEGMENTS[1])
     assert [c.starts_P1.tolist() for c in (first, second)] == [[0, 3], [0, 2]]
-    assert [c.cached_P.tolist() for c in (first, second)] == [[2], [2]]
-    assert [c.lengths_P.tolist() for c in (first, second)] == [[5], [4]]
+    assert [c.cached_P.tolist() for c in (first, second)] == [[2], [1]]
+    assert [c.lengths_P.tolist() for c in (first, second)] == [[5], [3]]
     assert first.row is not None
     assert first.row.table.tolist()[:2] == [8, 9]
 
