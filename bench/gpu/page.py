@@ -155,32 +155,18 @@ def _by_load(name: str) -> tuple[int, int]:
 
 
 def memory_table() -> str:
-    """What `trtkit plan` and this engine's own model say an H100 holds, in GB."""
+    """What `trtkit plan` says each row holds, in GB."""
     rows = []
     for gpu in GPUS:
         scale = real_scale(gpu)
         for key in default_rows(scale):
             plan = plan_of(key, scale)
             found = {name: entry.value / GB for name, entry in memory_rows(plan).items()}
-            other = found["model.activations"] + found["model.workspace"] + found["model.context"]
-            rows.append(
-                [
-                    gpu,
-                    ROWS[key].label,
-                    f"{found['plan.weights']:.2f}",
-                    f"{found['plan.activations'] + found['plan.runtime']:.2f}",
-                    f"{found['plan.kv_pool']:.2f}",
-                    f"{other:.2f}",
-                    f"{found['model.eviction']:.2f}",
-                    f"{found['model.kv_pool']:.2f}",
-                    str(most_in_flight(plan, 4096 + 256)),
-                ]
-            )
-    head = ["GPU", "row", "weights (exact)", "`trtkit plan`: activations + runtime", "its pool"]
-    return markdown(
-        [*head, "this engine: other than weights", "H2O's rings and ledgers", "its pool", "requests of 4,352 tokens"],
-        rows,
-    )
+            parts = ("weights", "activations", "runtime", "eviction", "kv_pool", "total")
+            sizes = [f"{found[f'plan.{part}']:.2f}" for part in parts]
+            rows.append([gpu, ROWS[key].label, *sizes, str(most_in_flight(plan, 4096 + 256))])
+    head = ["GPU", "row", "weights (exact)", "activations", "runtime", "H2O's rings and ledgers", "KV pool", "total"]
+    return markdown([*head, "requests of 4,352 tokens"], rows)
 
 
 def lever_table() -> str:

@@ -169,11 +169,9 @@ def llama_lines(record: Mapping[str, Any]) -> list[str]:
 def memory_line(row: Mapping[str, Any]) -> str:
     """Modeled and seen memory of one row in GB, how far off the plan is, and the engine's own split."""
     memory = {name: entry["value"] / GB for name, entry in row.get("memory", {}).items()}
-    parts = [f"{name} {memory[name]:.2f}" for name in ("plan.total", "model.total", "seen.total") if name in memory]
+    parts = [f"{name} {memory[name]:.2f}" for name in ("plan.total", "seen.total") if name in memory]
     if "seen.total" in memory:
-        off = {name: memory[f"{name}.total"] / memory["seen.total"] - 1 for name in ("plan", "model")
-               if f"{name}.total" in memory}  # fmt: skip
-        parts += [f"{name} is off by {share:+.1%}" for name, share in off.items()]
+        parts.append(f"the plan is off by {memory['plan.total'] / memory['seen.total'] - 1:+.1%}")
     split = ("weights", "kv_pool", "static", "graphs", "context", "activations", "free")
     told = [f"{name} {memory[f'engine.{name}']:.2f}" for name in split if f"engine.{name}" in memory]
     return "memory GB: " + ", ".join(parts) + (f"; engine: {', '.join(told)}" if told else "")

@@ -187,17 +187,17 @@ def test_what_the_devices_eviction_holds_is_counted_as_the_engine_counts_it() ->
     scale = table.real_scale("h100-sxm")
     plan = table.plan_of("int8-h2o-long", scale)
     weights = SimpleNamespace(model=plan.model, dtype=SimpleNamespace(itemsize=2))
-    assert memory.eviction_bytes(plan) == pytest.approx(eviction_bytes(weights, plan.limits, plan.kv), rel=0.02)
+    counted = memory.planned(plan).eviction_bytes
+    assert counted == pytest.approx(eviction_bytes(weights, plan.limits, plan.kv), rel=0.02)
 
 
-def test_the_memory_model_adds_up_to_no_more_than_the_device() -> None:
+def test_every_row_fits_its_gpu_by_the_plan() -> None:
     for gpu in ("h100-sxm", "h200"):
         scale = table.real_scale(gpu)
         for key in table.default_rows(scale):
-            parts = memory.device_model(table.plan_of(key, scale))
-            total = 81559 * 2**20 if gpu == "h100-sxm" else 143771 * 2**20
-            assert sum(parts.values()) <= total
-            assert parts["kv_pool"] > 0
+            layout = memory.planned(table.plan_of(key, scale))
+            assert layout.total_bytes <= layout.device_bytes
+            assert layout.max_sequences >= 1
 
 
 def test_unknown_cells_are_refused_with_those_there_are() -> None:

@@ -75,6 +75,7 @@ def _placement(plan: BuildPlan) -> Placement:
         policy=plan.kv,
         parallel=Parallelism() if plan.target == "embedded" else plan.parallel,
         limits=plan.limits,
+        target=plan.target,
     )
 
 

@@ -26,6 +26,7 @@ def command(
     concurrency: Annotated[str, Option(help="Requests in flight, e.g. 1,8,32,max.")] = "1,8,32",
     request_rate: Annotated[float | None, Option(help="Arrivals per second instead.")] = None,
     max_num_tokens: Annotated[int, Option(min=1, help="Tokens of one step.")] = 8192,
+    target: Annotated[str, Option(help="Whose memory: tensorrt, pytorch, embedded.")] = "tensorrt",
     traffic: Annotated[str | None, Option(help="Search for output tokens a month, e.g. 200M/month.")] = None,
     ttft_p99: Annotated[str | None, Option(help="Search limit, e.g. 500ms.")] = None,
     tpot: Annotated[str | None, Option(help="Search limit, e.g. 50ms.")] = None,

@@ -45,6 +45,7 @@ class PlanFlags:
     concurrency: str
     request_rate: float | None
     max_num_tokens: int
+    target: str
     traffic: str | None
     ttft_p99: str | None
     tpot: str | None
@@ -124,7 +125,13 @@ def _placement_of(plan: BuildPlan, flags: PlanFlags) -> tuple[Placement, Precisi
     gpu = gpu_spec(plan.gpu, catalogs=tuple(flags.catalog or ()))
     parallel = Parallelism() if plan.target == "embedded" else plan.parallel
     placement = Placement(
-        model=plan.model, gpu=gpu, quant=plan.quant, policy=plan.kv, parallel=parallel, limits=plan.limits
+        model=plan.model,
+        gpu=gpu,
+        quant=plan.quant,
+        policy=plan.kv,
+        parallel=parallel,
+        limits=plan.limits,
+        target=plan.target,
     )
     return placement, replace(precision_from(plan.quant.precision), quant=plan.quant)
 
@@ -143,6 +150,7 @@ def _single(flags: PlanFlags) -> PlanAnswer:
         policy=parse_kv_policy(flags.kv),
         parallel=Parallelism(tp=flags.tp, pp=flags.pp),
         limits=Limits(max_batch_size=most, max_num_tokens=flags.max_num_tokens, max_seq_len=longest),
+        target=flags.target,
     )
     plan = BuildPlan(
         name="plan",
@@ -151,6 +159,7 @@ def _single(flags: PlanFlags) -> PlanAnswer:
         gpu=gpu.name,
         quant=precision.quant,
         parallel=placement.parallel,
+        target=flags.target,
     )
     if model.num_layers % plan.parallel.pp:
         raise UsageError(f"pp={flags.pp} does not divide {model.name}'s {model.num_layers} layers")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from trtkit.plan import work
+from trtkit.plan import embedded, work
 from trtkit.plan.calibration import load_calibration
 from trtkit.spec.checkpoint import kv_heads_per_rank
 from trtkit.spec.gpu import GpuSpec
@@ -46,11 +46,13 @@ class MemoryPlan:
     sequence_tokens: int
     max_sequences: int
     missing_bytes: int
+    eviction_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
         """Everything a rank holds."""
-        return self.weight_bytes + self.activation_bytes + self.runtime_bytes + self.kv_pool_bytes
+        beside = self.activation_bytes + self.runtime_bytes + self.eviction_bytes
+        return self.weight_bytes + self.kv_pool_bytes + beside
 
     @property
     def fits(self) -> bool:
@@ -60,7 +62,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """What is to be held where."""
+    """What is to be held where, and by whose engine: activations and runtime are the target's own."""
 
     model: ModelSpec
     gpu: GpuSpec
@@ -68,6 +70,12 @@ class Placement:
     policy: KVPolicySpec
     parallel: Parallelism
     limits: Limits
+    target: str = "tensorrt"
+
+    @property
+    def is_embedded_on_gpu(self) -> bool:
+        """Our own engine's device path; on a CPU it holds what any engine does."""
+        return self.target == "embedded" and self.gpu.sm > 0
 
 
 def rank_block_bytes(placement: Placement) -> int:
@@ -80,6 +88,8 @@ def rank_block_bytes(placement: Placement) -> int:
 
 def activation_bytes(placement: Placement) -> int:
     """Working memory of one step of `max_num_tokens` tokens, and the logits of `max_batch_size` positions (modeled)."""
+    if placement.is_embedded_on_gpu:
+        return embedded.activation_bytes(placement.model, placement.quant, placement.limits)
     tp, limits, model = placement.parallel.tp, placement.limits, placement.model
     factor = [value for ranks, value in _ACTIVATION_FACTORS if ranks <= tp][-1]
     hidden = limits.max_num_tokens * model.hidden_size * placement.quant.compute.bits // 8
@@ -91,10 +101,19 @@ def runtime_bytes(placement: Placement) -> int:
     """CUDA context, library workspaces and communication buffers of one rank, as the calibration found; 0 on a CPU."""
     if placement.gpu.sm == 0:
         return 0
+    if placement.is_embedded_on_gpu:
+        return embedded.runtime_bytes(placement.quant)
     pool = load_calibration().pool
     ranks = pool["tp_runtime_gb"] if placement.parallel.world_size > 1 else 0.0
     # The fit's runtime contains the activations of the runs it saw; those are counted apart here.
     return int(max(pool["runtime_gb"] + ranks - activation_bytes(placement) / GB, 0.5) * GB)
+
+
+def eviction_bytes(placement: Placement) -> int:
+    """What our own engine keeps on a GPU to decide what to evict; other targets' runtimes contain theirs."""
+    if not placement.is_embedded_on_gpu:
+        return 0
+    return embedded.eviction_bytes(placement.model, placement.quant, placement.limits, placement.policy)
 
 
 def sequence_blocks(placement: Placement, tokens: int) -> int:
@@ -116,7 +135,8 @@ def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> 
     held = sum(weights.values())
     working, runtime = activation_bytes(placement), runtime_bytes(placement)
     block = rank_block_bytes(placement)
-    free = placement.gpu.memory_bytes - held - working - runtime
+    evicting = eviction_bytes(placement)
+    free = placement.gpu.memory_bytes - held - working - runtime - evicting
     if limits.kv_memory_bytes is not None:
         blocks = limits.kv_memory_bytes // block
     else:
@@ -138,6 +158,7 @@ def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> 
         sequence_tokens=tokens,
         max_sequences=blocks // per_sequence if missing == 0 else 0,
         missing_bytes=missing,
+        eviction_bytes=evicting,
     )
 
 
@@ -165,10 +186,12 @@ def memory_lines(memory: MemoryPlan) -> list[str]:
         if memory.fits
         else f"does not fit: {format_gib(memory.missing_bytes)} too much for one request of {memory.sequence_tokens} tokens"
     )
+    evicting = [f"eviction    {format_gib(memory.eviction_bytes)} (modeled)"] if memory.eviction_bytes else []
     return [
         f"weights     {format_gib(memory.weight_bytes)} (exact: {groups})",
         f"KV pool     {format_gib(memory.kv_pool_bytes)} (exact: {memory.kv_blocks} blocks of {memory.tokens_per_block} tokens)",
         f"activations {format_gib(memory.activation_bytes)} (modeled)",
         f"runtime     {format_gib(memory.runtime_bytes)} (modeled)",
+        *evicting,
         f"device      {format_gib(memory.device_bytes)}; {verdict}",
     ]
