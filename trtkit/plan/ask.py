@@ -85,8 +85,10 @@ def ask(
     found = answers([scenario_at(placement, precision, load) for load, _ in resolved])
     lines = []
     for asked, (_, problem), answer in zip(loads, resolved, found, strict=True):
-        forecast = answer.forecast if memory.fits else None
+        forecast = answer.forecast if memory.fits and not placement.is_embedded_on_gpu else None
         reason = problem or answer.reason or ("" if memory.fits else "does not fit")
+        if placement.is_embedded_on_gpu and not reason:
+            reason = "no forecast: nothing of the embedded engine was measured on a GPU yet"
         lines.append(
             LoadAnswer(
                 load=asked,

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from trtkit.plan.ask import LoadPoint, ask
 from trtkit.plan.memory import MemoryPlan, Placement, memory_lines, plan_memory
+from trtkit.plan.names import precision_from
 from trtkit.spec.catalog import gpu_spec, model_preset
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import Limits, Parallelism
@@ -68,3 +70,14 @@ def test_the_whole_is_the_sum_of_its_parts_and_the_lines_name_them() -> None:
 def test_a_cpu_engine_is_planned_as_before(kv: str) -> None:
     ours = plan_memory(placement("cpu", kv, max_batch_size=2))
     assert ours == plan_memory(replace(placement("cpu", kv, max_batch_size=2), target="tensorrt"))
+
+
+def test_nothing_is_forecast_for_an_engine_that_nobody_measured_on_a_gpu() -> None:
+    load = [LoadPoint(isl=512, osl=256, concurrency=1)]
+    precision = precision_from("int8")
+    (ours,) = ask("ours", placement(), precision, load).loads
+    (theirs,) = ask("theirs", replace(placement(), target="tensorrt"), precision, load).loads
+    assert ours.forecast is None
+    assert "no forecast" in ours.reason
+    assert theirs.forecast is not None
+    assert ours.floors == theirs.floors
