@@ -87,16 +87,29 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+" when files differ from it; None where trtkit is installed as a package."""
+    """The checkout's commit, with "+" when files differ from it; None where trtkit is installed as a package.
+
+    A source tree that was carried somewhere without its history is named by its content.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
-        return None
+        return source_digest(root) if (root / "pyproject.toml").is_file() else None
     try:
         commit = _git(root, "rev-parse", "--short=12", "HEAD")
         changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}+" if changed else commit
+
+
+def source_digest(root: Path) -> str:
+    """`tree:` and 12 hex digits over the program files of a source tree; equal trees have equal ones, in git or not."""
+    sha = hashlib.sha256()
+    for folder in ("bench", "plugins", "trtkit"):
+        for path in sorted((root / folder).rglob("*.py")):
+            sha.update(f"{path.relative_to(root).as_posix()}\0".encode())
+            sha.update(path.read_bytes() + b"\0")
+    return f"tree:{sha.hexdigest()[:12]}"
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import pytest
 
-from trtkit.benchmark.environment import REDACTED, fingerprint, redact
+from trtkit.benchmark import environment
+from trtkit.benchmark.environment import REDACTED, fingerprint, redact, source_digest
 from trtkit.spec.codec import from_plain, to_plain
 from trtkit.spec.result import Environment
 
@@ -47,3 +49,17 @@ def test_a_gpu_without_a_driver_is_still_a_record() -> None:
     found = fingerprint(device="cuda:0", device_count=2)
     assert found.device_count == 2
     assert found.device
+
+
+def test_a_tree_without_history_is_named_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "trtkit" / "benchmark" / "environment.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("x = 1\n")
+    monkeypatch.setattr(environment, "__file__", str(module))
+    assert fingerprint(device="cpu").trtkit_commit is None
+    (tmp_path / "pyproject.toml").write_text("")
+    first = fingerprint(device="cpu").trtkit_commit
+    assert first == source_digest(tmp_path)
+    assert first.startswith("tree:")
+    module.write_text("x = 2\n")
+    assert fingerprint(device="cpu").trtkit_commit != first
