@@ -99,6 +99,20 @@ def test_a_field_that_a_step_no_longer_holds_is_named(monkeypatch):
     assert finding.detail.startswith("what a step holds: TrtllmAttentionMetadata has no prompt_lens, seq_lens, ")
 
 
+def test_a_release_that_lowers_configurations_before_the_dispatch_sees_them_is_refused(monkeypatch):
+    """Everything else is there, and RocketKV's attention would run in place of ours."""
+
+    class Lowering(v12.RocketSparseAttentionConfig):
+        def to_sparse_params(self): ...
+
+    contents = v12.modules()
+    arguments = "tensorrt_llm.llmapi.llm_args"
+    contents[arguments] = {**contents[arguments], "RocketSparseAttentionConfig": Lowering}
+    put_in(monkeypatch, contents)
+    with pytest.raises(UnsupportedError, match="has to_sparse_params, which"):
+        install()
+
+
 def test_a_bare_kwargs_promises_nothing(monkeypatch):
     class Vague(v12.KVCacheManager):
         def free_resources(self, *args, **kwargs): ...

@@ -37,8 +37,7 @@ class BlockPool:
 
     def rewind_kv_cache(self, request_id, count):
         """Remove `count` tokens from the tail; a block whose first token goes is released at once."""
-        if request_id not in self.sequences:
-            return
+        assert request_id in self.sequences, "releases before 2026 raise for a sequence that has ended"
         blocks, tokens = self.sequences[request_id]
         assert 0 <= count <= tokens, "cannot rewind past the start"
         for _ in range(count):

@@ -41,14 +41,15 @@ class Need:
     """A name that must exist, and parameters it must accept.
 
     `name` is "module:attribute.path"; `why` says what for. A bare **kwargs accepts nothing: what it does with a name
-    cannot be seen. `holds` are attributes or dataclass fields it must have; `moved` lists modules that hold the name in
-    other releases.
+    cannot be seen. `holds` are attributes or dataclass fields it must have, `lacks` what would make it another thing;
+    `moved` lists modules that hold the name in other releases.
     """
 
     name: str
     why: str
     accepts: tuple[str, ...] = ()
     holds: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
 
 
@@ -64,7 +65,12 @@ _ARGS = "tensorrt_llm.llmapi.llm_args:"
 
 NEEDS: dict[str, tuple[Need, ...]] = {
     V12: (
-        Need(name=f"{_ARGS}RocketSparseAttentionConfig", why="the configuration ours passes for"),
+        Need(
+            name=f"{_ARGS}RocketSparseAttentionConfig",
+            why="the configuration ours passes for",
+            # A later release lowers it before the dispatch sees it, and would take RocketKV's attention for ours.
+            lacks=("to_sparse_params",),
+        ),
         Need(
             name=f"{_BACKEND}TrtllmAttention.sparse_kv_predict", why="prompt eviction", accepts=("q", "k", "metadata")
         ),
@@ -194,6 +200,9 @@ def _problem(module: ModuleType, attributes: str, need: Need) -> str | None:
     missing = [name for name in need.holds if name not in {*dir(found), *getattr(found, "__dataclass_fields__", ())}]
     if missing:
         return f"{attributes} has no {', '.join(missing)}"
+    extra = [name for name in need.lacks if hasattr(found, name)]
+    if extra:
+        return f"{attributes} has {', '.join(extra)}, which 1.2 has not"
     return _refused(found, need) if need.accepts else None
 
 

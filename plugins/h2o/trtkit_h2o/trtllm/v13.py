@@ -164,7 +164,8 @@ def _create(*args: Any, **kwargs: Any) -> H2OCompressionManager:  # noqa: ANN401
 def _validate(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
     """Admission, before anything is built."""
     given = _named("validate_kv_cache_compression_compatibility", args, kwargs)
-    if given["kv_cache_config"].enable_block_reuse:
+    # The manager looks again when it is bound, whatever this function is given.
+    if getattr(given.get("kv_cache_config"), "enable_block_reuse", False):
         raise UnsupportedError("H2O in TensorRT-LLM: kv_cache_config.enable_block_reuse must be False")
     if given.get("spec_config") is not None:
         raise UnsupportedError("H2O in TensorRT-LLM: speculative decoding must be off")
