@@ -174,7 +174,7 @@ def drawing(bench: Bench, rows: int) -> None:
     uniform = torch.rand(rows, dtype=torch.float64, device=session.device, generator=session.generator)
 
     def call(_: int) -> Tensor:
-        return sampling.sample_rows(logits, temperature, top_k, top_p, uniform, most=50)
+        return sampling.sample_rows(logits, temperature, top_k, top_p, uniform)
 
     def check() -> Pairs:
         expected = [_drawn(row, float(u)) for row, u in zip(logits, uniform, strict=True)]
@@ -184,10 +184,9 @@ def drawing(bench: Bench, rows: int) -> None:
         Case(
             family="sampling", name="sampling, top-k and top-p", shape={"R": rows, "V": vocab}, dtype="fp16",
             call=call, check=check, bound=0.0, reference="row by row, exact",
-            work=Work(bytes_moved=num_bytes(logits)), note="torch's selection; no kernel of ours but greedy",
-            other=Other(
-                name="the same by a whole sort",
-                call=lambda _: sampling.sample_rows(logits, temperature, top_k, top_p, uniform),
+            work=Work(bytes_moved=num_bytes(logits)), other=Other(
+                name="sort, softmax, cumsum in float64",
+                call=lambda _: sampling.sample_twin(logits, temperature, top_k, top_p, uniform),
             ),
         )
     )  # fmt: skip

@@ -17,7 +17,6 @@ GREEDY_TILE = 4096
 """Logits one program reads; a vocabulary of 128,256 makes 32 programs a row."""
 
 _FAMILY = "sampling"
-_LOW_BITS = 0x7FFFFFFF
 
 
 def greedy(logits_RV: Tensor, *, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
@@ -43,18 +42,13 @@ def workspace_size(rows: int, vocab_size: int) -> int:
 
 
 def sample_rows(
-    logits_RV: Tensor,
-    temperature_R: Tensor,
-    top_k_R: Tensor,
-    top_p_R: Tensor,
-    uniform_R: Tensor,
-    *,
-    most: int | None = None,
+    logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, uniform_R: Tensor
 ) -> Tensor:
     """One token a row: temperature, then top-k, then top-p, then inverse transform, most likely token first.
 
     What the engine draws row by row, for all rows at once and without a synchronisation. Equal logits are ordered by
-    token id.
+    token id. The kernel sums in float32 where the twin uses float64: a draw within about 1e-6 of the border between two
+    tokens may fall on either side.
 
     Args:
         logits_RV: any floating-point type.
@@ -62,42 +56,36 @@ def sample_rows(
         top_k_R: integers; 0 is off.
         top_p_R: in (0, 1].
         uniform_R: the draw of each row, in [0, 1).
-        most: an upper bound of `top_k_R`, where every row that is drawn has a top-k: so many tokens are ranked
-            instead of the whole vocabulary, with the same result.
 
     Returns:
         int32 [R].
     """
+    if use_triton(logits_RV, _FAMILY):
+        from trtkit.kernels import triton_sampling
+
+        return triton_sampling.sample_rows(logits_RV, temperature_R, top_k_R, top_p_R, uniform_R)
+    return sample_twin(logits_RV, temperature_R, top_k_R, top_p_R, uniform_R)
+
+
+def sample_twin(
+    logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, uniform_R: Tensor
+) -> Tensor:
+    """Defines `sample_rows`, by sorting."""
     tokens = greedy(logits_RV)
     is_drawn_R = (temperature_R > 0) & (tokens != NOT_A_NUMBER)
     temperature = torch.where(is_drawn_R, temperature_R.double(), 1.0)
-    values_RN, ids_RN = _ranked(logits_RV, most)
-    scaled = values_RN.double() / temperature[:, None]
-    count = values_RN.shape[1]
-    kept_R = torch.where(top_k_R > 0, top_k_R, count).clamp(max=count)
-    rank_N = torch.arange(count, device=logits_RV.device)
-    scaled = scaled.masked_fill(rank_N >= kept_R[:, None], -torch.inf)
-    cumulative_RN = scaled.softmax(dim=-1).cumsum(dim=-1)
+    ranked = logits_RV.float().sort(dim=-1, descending=True, stable=True)
+    scaled = ranked.values.double() / temperature[:, None]
+    vocab_size = logits_RV.shape[1]
+    kept_R = torch.where(top_k_R > 0, top_k_R, vocab_size).clamp(max=vocab_size)
+    rank_V = torch.arange(vocab_size, device=logits_RV.device)
+    scaled = scaled.masked_fill(rank_V >= kept_R[:, None], -torch.inf)
+    cumulative_RV = scaled.softmax(dim=-1).cumsum(dim=-1)
     # The nucleus is the shortest head whose mass reaches top_p; the first token is always in it.
-    nucleus_R = (cumulative_RN < top_p_R.double()[:, None]).sum(dim=-1) + 1
+    nucleus_R = (cumulative_RV < top_p_R.double()[:, None]).sum(dim=-1) + 1
     kept_R = torch.where(top_p_R < 1, torch.minimum(nucleus_R, kept_R), kept_R)
-    mass_R1 = cumulative_RN.gather(1, (kept_R - 1).to(torch.int64)[:, None])
+    mass_R1 = cumulative_RV.gather(1, (kept_R - 1).to(torch.int64)[:, None])
     target_R1 = uniform_R.double()[:, None] * mass_R1
-    place_R = torch.minimum((cumulative_RN <= target_R1).sum(dim=-1), kept_R - 1)
-    drawn_R = ids_RN.gather(1, place_R.to(torch.int64)[:, None]).squeeze(1).to(torch.int32)
+    place_R = torch.minimum((cumulative_RV <= target_R1).sum(dim=-1), kept_R - 1)
+    drawn_R = ranked.indices.gather(1, place_R.to(torch.int64)[:, None]).squeeze(1).to(torch.int32)
     return torch.where(is_drawn_R, drawn_R, tokens)
-
-
-def _ranked(logits_RV: Tensor, most: int | None) -> tuple[Tensor, Tensor]:
-    """Logits in float32 and their ids, largest first, lower ids first among equals: all, or the first `most`."""
-    wide_RV = logits_RV.float()
-    vocab_size = wide_RV.shape[1]
-    if most is None or most >= vocab_size:
-        ranked = wide_RV.sort(dim=-1, descending=True, stable=True)
-        return ranked.values, ranked.indices
-    # A selection leaves the order of equals open, so the id becomes part of what is compared.
-    bits = (wide_RV + 0.0).view(torch.int32)
-    ordered = torch.where(bits < 0, bits ^ _LOW_BITS, bits).to(torch.int64)
-    keys = (ordered << 32) | (_LOW_BITS - torch.arange(vocab_size, device=logits_RV.device))
-    ids_RN = _LOW_BITS - (keys.topk(most, dim=-1).values & _LOW_BITS)
-    return wide_RV.gather(1, ids_RN), ids_RN

@@ -99,60 +99,78 @@ HOW = [
 ]
 
 
-def draw(rows, how, uniforms, **more):
-    return sampling.sample_rows(
+SAMPLERS = [sampling.sample_rows, triton_sampling.sample_rows]
+
+
+def draw(sampler, rows, how, uniforms):
+    return sampler(
         rows,
         torch.tensor([one.temperature for one in how], dtype=torch.float64),
         torch.tensor([one.top_k for one in how], dtype=torch.int32),
         torch.tensor([one.top_p for one in how], dtype=torch.float64),
         torch.tensor(uniforms, dtype=torch.float64),
-        **more,
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_batch_draws_what_the_engine_draws_row_by_row(seed):
+@pytest.mark.parametrize(("sampler", "seed"), [*((SAMPLERS[0], seed) for seed in range(8)), (SAMPLERS[1], 8)])
+def test_a_batch_draws_what_the_engine_draws_row_by_row(sampler, seed):
     rows = logits(len(HOW), 97, seed=seed) * 3
     expected = sample(rows, HOW, [(seed, index) for index in range(len(HOW))])
-    result = draw(rows, HOW, [uniform(seed, index) for index in range(len(HOW))])
+    result = draw(sampler, rows, HOW, [uniform(seed, index) for index in range(len(HOW))])
     assert result.dtype is torch.int32
     assert result.tolist() == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ranking_no_more_tokens_than_top_k_asks_for_draws_the_same(dtype):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_draws_reach_both_ends_of_the_distribution(sampler):
+    rows = torch.tensor([[0.0, 3.0, 2.0, 1.0]] * 4)
+    how = [Sampling(temperature=1.0)] * 3 + [Sampling(temperature=1.0, top_k=3)]
+    last = 1 - 2**-53
+    assert draw(sampler, rows, how, [0.0, last, 0.7, last]).tolist() == [1, 0, 2, 3]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_equal_logits_are_drawn_in_the_order_of_their_ids(sampler):
+    how = [Sampling(temperature=1.0)] * 4
+    assert draw(sampler, torch.zeros(4, 4), how, [0.1, 0.3, 0.6, 0.9]).tolist() == [0, 1, 2, 3]
+    assert draw(sampler, torch.zeros(4, 4), how, [0.0, 0.25, 0.5, 0.75]).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rows_that_are_no_numbers_are_marked_whatever_the_temperature(sampler):
+    rows = logits(3, 10)
+    rows[0, 3], rows[1, 3] = float("nan"), INFINITY
+    result = draw(sampler, rows, [Sampling(temperature=1.0), Sampling(), Sampling(temperature=0.5, top_k=1)], [0.5] * 3)
+    assert result.tolist() == [-1, -1, int(rows[2].argmax())]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size"), [(torch.bfloat16, 1), (torch.float32, 3), (torch.bfloat16, 200), (torch.float16, 4500)]
+)
+def test_sampling_kernel_follows_its_twin_through_ties_and_tiles(dtype, vocab_size):
     how = [
         Sampling(),
         Sampling(temperature=1.0, top_k=1),
         Sampling(temperature=2.0, top_k=9),
         Sampling(temperature=0.7, top_k=8, top_p=0.6),
-    ] * 8
-    rows = (logits(len(how), 200, seed=4) * 2).to(dtype)
-    rows[5] = rows[6] = 0.0  # every logit a tie, also at the edge of top-k
-    rows[6, 3], rows[9, 2] = -0.0, float("nan")
-    uniforms = [uniform(1, index) for index in range(len(how))]
-    whole = draw(rows, how, uniforms)
-    assert draw(rows, how, uniforms, most=9).tolist() == whole.tolist()
-    assert draw(rows, how, uniforms, most=500).tolist() == whole.tolist()
-    assert whole[9] == sampling.NOT_A_NUMBER
-    assert len(set(whole.tolist())) > 10
+        Sampling(temperature=0.01),
+        Sampling(temperature=1.0, top_p=0.93),
+    ]
+    rows = (logits(len(how), vocab_size, seed=vocab_size) * 2).to(dtype)
+    rows[2] = 0.0  # every logit a tie, also at the edge of top-k
+    rows[2, vocab_size // 2] = -0.0
+    rows[5] = rows[5].round()
+    rows[4, : vocab_size // 2] = -INFINITY
+    for index in range(1 if dtype is torch.float32 else 2):
+        uniforms = [uniform(index, row) for row in range(len(how))]
+        expected = draw(sampling.sample_rows, rows, how, uniforms).tolist()
+        assert draw(triton_sampling.sample_rows, rows, how, uniforms).tolist() == expected
 
 
-def test_draws_reach_both_ends_of_the_distribution():
-    rows = torch.tensor([[0.0, 3.0, 2.0, 1.0]] * 4)
-    how = [Sampling(temperature=1.0)] * 3 + [Sampling(temperature=1.0, top_k=3)]
-    last = 1 - 2**-53
-    assert draw(rows, how, [0.0, last, 0.7, last]).tolist() == [1, 0, 2, 3]
-
-
-def test_equal_logits_are_drawn_in_the_order_of_their_ids():
-    how = [Sampling(temperature=1.0)] * 4
-    assert draw(torch.zeros(4, 4), how, [0.1, 0.3, 0.6, 0.9]).tolist() == [0, 1, 2, 3]
-    assert draw(torch.zeros(4, 4), how, [0.0, 0.25, 0.5, 0.75]).tolist() == [0, 1, 2, 3]
-
-
-def test_rows_that_are_no_numbers_are_marked_whatever_the_temperature():
-    rows = logits(3, 10)
-    rows[0, 3], rows[1, 3] = float("nan"), INFINITY
-    result = draw(rows, [Sampling(temperature=1.0), Sampling(), Sampling(temperature=0.5, top_k=1)], [0.5] * 3)
-    assert result.tolist() == [-1, -1, int(rows[2].argmax())]
+def test_sampling_kernel_reads_rows_of_a_wider_tensor_and_any_order_of_axes():
+    how = [Sampling(temperature=1.0)] * 3
+    wide = logits(3, 60)
+    expected = draw(sampling.sample_rows, wide[:, :40], how, [0.2, 0.5, 0.9]).tolist()
+    assert draw(triton_sampling.sample_rows, wide[:, :40], how, [0.2, 0.5, 0.9]).tolist() == expected
+    assert draw(triton_sampling.sample_rows, wide[:, :40].T.contiguous().T, how, [0.2, 0.5, 0.9]).tolist() == expected
+    assert draw(triton_sampling.sample_rows, wide[:0], [], []).shape == (0,)
