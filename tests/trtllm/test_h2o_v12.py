@@ -551,6 +551,15 @@ def test_every_rank_tells_what_it_has_evicted_and_they_agree(adapter, tmp_path):
     assert told == [{"evictions": 1 + 7, "tokens_evicted": 21 + 28, "blocks_freed": 6 + 7}] * 2
 
 
+def test_the_run_that_sizes_the_pool_is_not_counted(adapter, tmp_path):
+    """TensorRT-LLM builds a manager with a small pool first, runs a longest prompt through it, and builds another."""
+    config = adapter.H2OSparseAttentionConfig(kv_policy=H2O, counters_dir=str(tmp_path))
+    build_v12(MODEL, TENSORS, config, blocks=60, estimating=True).run(LlmRequest(0, prompt_of(200), 3))
+    build_v12(MODEL, TENSORS, config).run(LlmRequest(1, prompt_of(30), 2))
+    told = json.loads((tmp_path / "rank0.json").read_text())
+    assert told == {"evictions": 1, "tokens_evicted": 6, "blocks_freed": 2}
+
+
 def test_no_prompt_is_pinned_where_the_whole_policy_can_run(adapter):
     from trtkit_h2o.trtllm import h2o_llm_arguments
 

@@ -398,6 +398,7 @@ def build_v12(
     max_num_tokens=8192,
     rank=0,
     ranks=None,
+    estimating=False,
     **running,
 ):
     """The way 1.2 puts it together: classes come from the dispatch functions each module holds."""
@@ -421,6 +422,12 @@ def build_v12(
         mapping=Mapping(rank=rank, tp_size=ranks.size if ranks else 1),
         dtype=v12.DataType.FLOAT,
         max_num_tokens=max_num_tokens,
+        spec_config=None,
+        model_config=None,
+        max_beam_width=1,
+        kv_connector_manager=None,
+        is_estimating_kv_cache=estimating,
+        execution_stream=None,
         **extra,
     )
     model = Model(spec, tensors, attention, max_seq_len, config, rank, ranks)

@@ -151,11 +151,17 @@ class TrtllmAttention:
         quant_config=None,
         q_scaling=None,
         pos_embd_params=None,
-        sparse_attention_config=None,
+        mla_params=None,
+        skip_create_weights_in_init=False,
+        attention_chunk_size=None,
+        **kwargs,
     ):
+        assert set(kwargs) <= {"sparse_attention_config"}, kwargs
+        assert mla_params is None
+        assert attention_chunk_size is None
         self.layer_idx, self.num_heads, self.head_dim = layer_idx, num_heads, head_dim
         self.num_kv_heads = num_kv_heads or num_heads
-        self.sparse_attention_config = sparse_attention_config
+        self.sparse_attention_config = kwargs.get("sparse_attention_config")
 
     def sparse_kv_predict(self, q, k, metadata, **kwargs):
         raise NotImplementedError
@@ -194,6 +200,10 @@ class KVCacheManager:
         max_num_tokens=8192,
         model_config=None,
         max_beam_width=1,
+        is_draft=False,
+        kv_connector_manager=None,
+        is_estimating_kv_cache=False,
+        execution_stream=None,
     ):
         self.max_seq_len, self.max_batch_size = max_seq_len, max_batch_size
         self.tokens_per_block = tokens_per_block
