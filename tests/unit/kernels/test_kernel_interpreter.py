@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-
 FILES = (
     "test_fused_kernels.py",
     "test_layer_kernels.py",
