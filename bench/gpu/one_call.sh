@@ -100,6 +100,8 @@ for index in "${!asked[@]}"; do
   wait "$child"
   status=$?
   child=""
+  # What was ended by force may hold its memory on the card for a moment longer.
+  if [ "$status" -ge 124 ]; then sleep 3; fi
   echo "== $stage: exit $status after $((SECONDS - began)) s" | tee -a "$log"
 done
 finish

@@ -240,8 +240,9 @@ class _Runner:
         started = time.monotonic()
         try:
             result = self._measure(cell)
-        except TrtkitError as error:
-            sweep.say(f"  {cell.name}: {error}")
+        except (TrtkitError, RuntimeError, ValueError, LookupError, OSError) as error:
+            # Nobody is there to start again: whatever it was costs this cell and no other.
+            sweep.say(f"  {cell.name}: {type(error).__name__}: {error}")
             return replace(planned, not_run=f"{LOST}{error}")
         seconds = time.monotonic() - started
         if predicted_s > 0:
