@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 from trtkit.backends.build import BuildJob, calibration_note, copy_tokenizer
 from trtkit.backends.calibrated import ALGOS, Stored, check_steps
-from trtkit.backends.reference import linear_rounding, plain_source, probe_tokens, reference, rounding_to, write_model
+from trtkit.backends.reference import (
+    linear_rounding,
+    plain_source,
+    probe_tokens,
+    reference,
+    reference_and_rounded,
+    rounding_to,
+    write_model,
+)
 from trtkit.backends.verify import judged, layers_to_run, taken_over
 from trtkit.spec.atomic import output_errors, write_text
 from trtkit.spec.directory import check_space
@@ -85,7 +93,6 @@ def verify_unified(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpo
     """
     layers = layers_to_run(model)
     prompt, tokens = probe_tokens(model.vocab_size)
-    plain = reference(source_dir, layers, prompt, tokens)
     with plain_source(source_dir, layers) as source, tempfile.TemporaryDirectory(prefix="trtkit-verify-") as name:
         twin = Path(name)
         stored = _dequantised(model, checkpoint_dir, layers)
@@ -99,10 +106,10 @@ def verify_unified(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpo
             plainly = _dequantised(model, source, layers)
             extra["worst_half_steps"] = check_steps(matrices, stored, plainly, quant, str(checkpoint_dir))
             write_model(twin, stored, source, layers)
-            rounded = reference(twin, layers, prompt, tokens)
+            plain, rounded = (reference(folder, layers, prompt, tokens) for folder in (source, twin))
         else:
-            linear, other = linear_rounding(taken_over(quant, source_dir)), rounding_to(quant.compute)
-            rounded = reference(source_dir, layers, prompt, tokens, linear=linear, other=other)
+            roundings = (linear_rounding(taken_over(quant, source_dir)), rounding_to(quant.compute))
+            plain, rounded = reference_and_rounded(source, layers, prompt, tokens, roundings)
     return extra | judged(ours, rounded, plain, layers, quant, checkpoint_dir)
 
 

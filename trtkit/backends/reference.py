@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtkit.spec.directory import check_space
 from trtkit.spec.dtype import DType
 from trtkit.spec.quant import GPTQ_INT8, QuantSpec
 
@@ -74,34 +75,42 @@ def linear_rounding(quant: QuantSpec) -> Rounding:
     return by_type.get(quant.weights, to_compute)
 
 
-def reference(
-    source_dir: Path,
-    layers: int,
-    prompt: Sequence[int],
-    tokens: Sequence[int],
-    *,
-    linear: Rounding | None = None,
-    other: Rounding | None = None,
-) -> NDArray[np.float64]:
-    """Log-probabilities [positions, tokens] by transformers in float32, after rounding the weights.
+def reference(source_dir: Path, layers: int, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float64]:
+    """Log-probabilities [positions, tokens] by transformers in float32.
 
     Args:
         source_dir: a Hugging Face directory, INT8 GPTQ included.
         layers: how many of its first layers are run.
         prompt: token ids.
         tokens: the vocabulary entries asked for after each of `POSITIONS`.
-        linear: applied to the matrices inside the blocks.
-        other: applied to every other parameter.
+    """
+    with plain_source(source_dir, layers) as directory:
+        return _logprobs(_load(directory, layers), prompt, tokens)
+
+
+def reference_and_rounded(
+    source_dir: Path, layers: int, prompt: Sequence[int], tokens: Sequence[int], roundings: tuple[Rounding, Rounding]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`reference`, and the same after rounding the weights, with one loading of the model.
+
+    `roundings` are for the matrices inside the blocks and for every other parameter.
     """
     import torch
 
     with plain_source(source_dir, layers) as directory:
         model = _load(directory, layers)
+    plain, (linear, other) = _logprobs(model, prompt, tokens), roundings
     with torch.inference_mode():
         for name, parameter in model.named_parameters():
             rounding = linear if ".layers." in name and name.endswith("_proj.weight") else other
-            if rounding is not None:
-                parameter.copy_(rounding(parameter))
+            parameter.copy_(rounding(parameter))
+    return plain, _logprobs(model, prompt, tokens)
+
+
+def _logprobs(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float64]:  # noqa: ANN401 - a model
+    import torch
+
+    with torch.inference_mode():
         logits = model(torch.tensor([list(prompt)])).logits[0, [position - 1 for position in POSITIONS]]
     logprobs = torch.log_softmax(logits.double(), dim=-1)[:, list(tokens)]
     result: NDArray[np.float64] = logprobs.numpy()
@@ -131,9 +140,14 @@ def plain_source(source_dir: Path, layers: int) -> Iterator[Path]:
 
 
 def write_model(directory: Path, tensors: Mapping[str, Tensor], config_dir: Path, layers: int) -> None:
-    """A float32 model directory of these tensors, with the config of another."""
+    """A float32 model directory of these tensors, with the config of another.
+
+    Raises:
+        OutputError: the disk of temporary files is too small.
+    """
     from safetensors.torch import save_file
 
+    check_space(directory, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
     config = {key: value for key, value in config.items() if key != "quantization_config"}

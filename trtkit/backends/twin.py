@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from trtkit.spec.checkpoint import CONFIG_NAME, FINAL_NORM, LM_HEAD, VOCAB_EMBEDDING, layer_prefix, rank_file
 from trtkit.spec.checkpoint_config import checkpoint_config, read_checkpoint_config
+from trtkit.spec.directory import check_space
 from trtkit.spec.errors import InputError
 from trtkit.spec.plan import Parallelism
 from trtkit.spec.quant import quant_for
@@ -22,6 +23,7 @@ from trtkit.spec.quant import quant_for
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FLOAT_BYTES = 4
 _LAYER = re.compile(r"transformer\.layers\.(\d+)\.(.+)")
 _NAMES = {
     "self_attn.o_proj": "attention.dense",
@@ -69,10 +71,12 @@ def write_twin(checkpoint_dir: Path, directory: Path, layers: int, *, ones: bool
 
     Raises:
         InputError: a scale that the weights need is missing.
+        OutputError: the disk of temporary files is too small.
     """
     from safetensors.torch import save_file
 
     model, _, parallel = read_checkpoint_config(checkpoint_dir)
+    check_space(directory, replace(model, num_layers=layers).num_params * _FLOAT_BYTES)
     per_stage = model.num_layers // parallel.pp
     for rank in range(parallel.tp):
         tensors: dict[str, Tensor] = {}

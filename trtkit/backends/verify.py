@@ -26,6 +26,7 @@ from trtkit.backends.reference import (
     plain_source,
     probe_tokens,
     reference,
+    reference_and_rounded,
     rounding_to,
     write_model,
 )
@@ -69,16 +70,16 @@ def verify(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpoint_dir:
     layers = layers_to_run(model)
     prompt, tokens = probe_tokens(model.vocab_size)
     stored = taken_over(read_checkpoint_config(checkpoint_dir)[1], source_dir)
-    plain = reference(source_dir, layers, prompt, tokens)
     extra: dict[str, float] = {}
     with _runnable(checkpoint_dir, layers) as directory:
         ours = _embedded(directory, prompt, tokens)
         if quant.algo in ALGOS:
             with plain_source(source_dir, layers) as source:
+                plain = reference(source, layers, prompt, tokens)
                 extra["worst_half_steps"], rounded = _held_to_source(checkpoint_dir, directory, source, quant, layers)
         else:
-            linear, other = linear_rounding(stored), rounding_to(stored.compute)
-            rounded = reference(source_dir, layers, prompt, tokens, linear=linear, other=other)
+            roundings = (linear_rounding(stored), rounding_to(stored.compute))
+            plain, rounded = reference_and_rounded(source_dir, layers, prompt, tokens, roundings)
     return extra | judged(ours, rounded, plain, layers, quant, checkpoint_dir)
 
 

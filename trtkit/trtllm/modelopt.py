@@ -127,10 +127,10 @@ def write_engine_checkpoint(
     spec, quant, parallel = plan.model, plan.quant, plan.parallel
     scales = kv_scales(quant, spec.num_layers, kv_scale)
     family = _FAMILIES.get(spec.architecture)
-    if family is None:
+    if family is None or spec.attn_qkv_bias or spec.mlp_bias:
         raise UnsupportedError(
-            f"{plan.name}: {quant.precision} engines are written for {' and '.join(_FAMILIES)}, this is {spec.architecture}; "
-            "use --target pytorch or --precision int8"
+            f"{plan.name}: {quant.precision} engines are written for {' and '.join(_FAMILIES)} without biases, this is "
+            f"{spec.architecture}{' with biases' if family else ''}; use --target pytorch or --precision int8"
         )
     modelopt_version(quant)
     model = _quantised(source_dir, quant, windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from trtkit.spec.kv import KVFidelity, parse_kv_policy
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.quant import quant_for
 from trtkit.trtllm.capabilities import RULES, adjustments, broken, check_plan, kv_fidelity
+from trtkit.trtllm.modelopt import write_engine_checkpoint
 
 
 def plan(precision: str = "int8", gpu: str = "h100-sxm", target: str = "tensorrt", **changes: object) -> BuildPlan:
@@ -99,3 +101,9 @@ def test_gptq_with_one_scale_a_row_is_all_that_the_pytorch_backend_takes() -> No
 def test_what_trtkit_itself_cannot_write_is_refused_before_the_download(target: str, precision: str) -> None:
     with pytest.raises(UnsupportedError, match=f"writes no {precision} checkpoint"):
         check_plan(plan(precision, target=target))
+
+
+def test_architectures_whose_modelopt_name_is_not_known_are_refused_before_calibration(tmp_path: Path) -> None:
+    qwen = dataclasses.replace(model_preset("llama-3-70b"), architecture="Qwen2ForCausalLM", attn_qkv_bias=True)
+    with pytest.raises(UnsupportedError, match="engines are written for LlamaForCausalLM"):
+        write_engine_checkpoint(tmp_path, tmp_path, plan("fp8", model=qwen), [])
