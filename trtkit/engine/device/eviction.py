@@ -108,9 +108,9 @@ class DeviceEviction:
         """
         for shrunk in range(_WARM_BUDGETS if self._spec.budget_fraction else 1):
             policy = self._rules.policy(self._spec.resolved(max(1, self._limits.max_seq_len >> shrunk)))
-            live = 0 if policy is None else min(policy.budget.tokens + policy.budget.interval, self._limits.max_seq_len)
-            if policy is None or live <= policy.budget.tokens:
-                continue
+            if policy is None:
+                return
+            live = min(policy.budget.tokens + policy.budget.interval, self._limits.max_seq_len)
             watched = self._begin_watching(Sequence(request=_NOBODY, arrival=0, max_new_tokens=1), policy, live)
             table = torch.zeros(-(-live // self._storage.shape[4]), dtype=torch.int32, device=self._storage.device)
             watched.unlisted = live

@@ -38,10 +38,17 @@ def visible_lse(
     rows = queries_LRHD.shape[1]
     lse = torch.empty(queries_LRHD.shape[:3], dtype=torch.float32, device=storage.device)
     for layer, (queries_RHD, stored) in enumerate(zip(queries_LRHD, storage, strict=True)):
-        keys_HND = stored[:, 0][blocks].float().transpose(0, 1).reshape(heads, -1, dim)[:, :length]
+        keys_HND = _chosen(stored[:, 0], blocks).float().transpose(0, 1).reshape(heads, -1, dim)[:, :length]
         grouped = queries_RHD.float().view(rows, heads, -1, dim).permute(1, 2, 0, 3)
         logits = torch.matmul(grouped, keys_HND[:, None].transpose(-1, -2)) / math.sqrt(dim)
         hidden = positions_LHN[layer][:, None, :] > query_positions_R[None, :, None]
         logits.masked_fill_(hidden[:, None], -math.inf)
         lse[layer] = torch.logsumexp(logits, dim=-1).permute(2, 0, 1).reshape(rows, -1)
     return lse
+
+
+def _chosen(blocks_KHSD: Tensor, index: Tensor) -> Tensor:
+    """Some blocks, a copy; 8-bit numbers are indexed as bytes, which every torch can."""
+    if blocks_KHSD.element_size() > 1:
+        return blocks_KHSD[index]
+    return blocks_KHSD.view(torch.uint8)[index].view(blocks_KHSD.dtype)
