@@ -24,7 +24,7 @@ from bench.gpu.forecast import cell_numbers, datasheet_limits, running_batch
 from bench.gpu.llama70b import FILE_NAME, KIND, Record
 from bench.gpu.memory import memory_rows, most_in_flight
 from bench.gpu.rows import ROWS, cell_plan, default_rows, plan_of, real_scale
-from bench.gpu.summary import STAGE_FILES, cell_values, cells_of, load, memory_line, problem
+from bench.gpu.summary import STAGE_FILES, cell_values, cells_of, load, memory_line, peak, problem, share, stat
 from trtkit.benchmark.shares import floor, multiply_limit
 from trtkit.plan.cost import cost_per_million
 from trtkit.plan.prices import load_prices
@@ -58,7 +58,13 @@ def filled(text: str) -> str:
     Raises:
         KeyError: a marker names a part that does not exist.
     """
-    parts = {"measured": measured, "floors": floor_tables, "memory": memory_table, "levers": lever_table}
+    parts = {
+        "measured": measured,
+        "aims": aims_table,
+        "floors": floor_tables,
+        "memory": memory_table,
+        "levers": lever_table,
+    }
     return _MARK.sub(lambda match: f"{match[1]}{parts[match[2]]()}\n{match[3]}", text)
 
 
@@ -92,6 +98,68 @@ def measured(results: Path = RESULTS) -> str:
             body = "\n".join(record.get("lines") or ["(no lines)"])
             parts.append(f"### {link}\n\n```text\n{body}\n```")
     return "\n\n".join(parts)
+
+
+def aims_table(results: Path = RESULTS) -> str:
+    """What was set out to be reached on one H100, and what the newest H100 record shows; a dash is not measured."""
+    shown = [record for _, record in records(results) if str(record.get("gpu", "")).startswith("h100")]
+    rows = []
+    for text, row, cell, read, aim in AIMS:
+        found = [value for record in shown if (value := read(record, row, cell)) is not None]
+        rows.append([text, aim, found[-1] if found else "-"])
+    return markdown(["aim on one H100, INT8 unless named", "aimed at", "measured"], rows)
+
+
+def _cell_of(record: Mapping[str, Any], row: str, cell: str) -> Mapping[str, Any] | None:
+    """The newest valid result of that cell."""
+    found = [
+        c for r, c in cells_of(record) if (r["row"], c["name"]) == (row, cell) and (c.get("result") or {}).get("valid")
+    ]
+    return found[-1] if found else None
+
+
+def _step_share(record: Mapping[str, Any], row: str, cell: str) -> str | None:
+    found = _cell_of(record, row, cell)
+    value = None if found is None else share(found, "floor_measured", "step_ms", stat(found, "itl_ms"))
+    return None if value is None else f"{value:.1%}"
+
+
+def _ttft_share(record: Mapping[str, Any], row: str, cell: str) -> str | None:
+    found = _cell_of(record, row, cell)
+    value = None if found is None else share(found, "floor_measured", "ttft_ms", stat(found, "ttft_ms"))
+    return None if value is None else f"{value:.1%}"
+
+
+def _ttft(record: Mapping[str, Any], row: str, cell: str) -> str | None:
+    found = _cell_of(record, row, cell)
+    value = None if found is None else stat(found, "ttft_ms")
+    return None if value is None else f"{value:.0f} ms"
+
+
+def _in_flight(record: Mapping[str, Any], row: str, cell: str) -> str | None:
+    ours, full = _cell_of(record, row, cell), _cell_of(record, "int8", cell)
+    if ours is None or full is None:
+        return None
+    most, before = peak(ours, "requests_peak"), peak(full, "requests_peak")
+    return f"{most} of {before}: {most / before:.2f}x" if most and before else None
+
+
+def _plan_error(record: Mapping[str, Any], row: str, _cell: str) -> str | None:
+    for found in record.get("rows", ()):
+        memory = found.get("memory", {})
+        if found["row"] == row and "seen.total" in memory:
+            return f"{memory['plan.total']['value'] / memory['seen.total']['value'] - 1:+.1%}"
+    return None
+
+
+AIMS = (
+    ("decode step at batch 1, 512 tokens", "int8", "c1-isl512", _step_share, "90% of the measured read rate"),
+    ("decode step at batch 32, 512 tokens", "int8", "c32-isl512", _step_share, "85% of its floor by that rate"),
+    ("first token of 4,096", "int8", "c1-isl4096", _ttft_share, "80% of the measured 16-bit matrix rate"),
+    ("first token of 4,096, FP8", "fp8", "c1-isl4096", _ttft, "below 450 ms"),
+    ("4K requests in flight, H2O at half the cache", "int8-h2o-long", "c32-isl4096", _in_flight, "1.8x those without"),
+    ("memory in use beside `trtkit plan`", "int8", "", _plan_error, "within 1%"),
+)
 
 
 def cells_table(record: Mapping[str, Any]) -> str:

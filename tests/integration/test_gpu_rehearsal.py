@@ -330,6 +330,8 @@ def test_the_page_shows_a_real_record_with_its_shares_and_what_was_not_run(tmp_p
     assert "| INT8 | c1-isl512 |" in text
     assert "50%" in text
     assert "c8-isl512: not run: no time" in text
+    assert "| decode step at batch 1, 512 tokens | 90% of the measured read rate | 50.0% |" in page.aims_table(tmp_path)
+    assert "| below 450 ms | - |" in page.aims_table(tmp_path)
 
 
 def test_at_the_real_size_impossible_speeds_are_marked_invalid_and_have_no_price(tmp_path: Path) -> None:
@@ -395,8 +397,8 @@ def number(cell: CellOutcome, share: float) -> Measured:
 def test_the_committed_page_is_what_the_code_makes() -> None:
     text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     assert page.filled(text) == text
-    assert {part for part in ("measured", "floors", "memory", "levers") if f"<!-- begin: {part} -->" in text} == {
-        "measured", "floors", "memory", "levers",
+    assert {part for part in ("measured", "aims", "floors", "memory", "levers") if f"<!-- begin: {part} -->" in text} == {
+        "measured", "aims", "floors", "memory", "levers",
     }  # fmt: skip
 
 
