@@ -81,15 +81,13 @@ def rope_write(  # noqa: PLR0913, PLR0917 - one pass over the projection replace
     Args:
         qkv_TCD: the fused projection, [T, Hq + 2 H, D].
         positions_T: int32, logical position of each token.
-        cos_PD2: [P, D/2] in the projection's type.
-        sin_PD2: like `cos_PD2`.
+        cos_PD2: [P, D/2] in the projection's type; `sin_PD2` likewise.
         cache_layer: one layer's cache; float8_e4m3fn saturates at 448, NaN stays NaN.
-        tables_BM: int32 block tables.
+        tables_BM: int32.
         rows_T: int32, the row of `tables_BM` each token belongs to; None: token t is row t.
         slots_T: int32, where in its sequence's cache a token goes; negative: nowhere.
         num_heads: Hq.
-        q_norm_D: weight of a root-mean-square norm of each query head before the rotation, or None.
-        k_norm_D: the same for key heads; both or none.
+        q_norm_D: weight of a norm of each query head before the rotation; `k_norm_D` of key heads; both or none.
         epsilon: of those norms.
         q_out: [T, Hq, D] for the result, contiguous.
         ring: [places, Hq, D] in the projection's type.
@@ -98,13 +96,36 @@ def rope_write(  # noqa: PLR0913, PLR0917 - one pass over the projection replace
     Returns:
         Rotated queries, [T, Hq, D], contiguous.
     """
+    run = rope_twin
     if use_triton(qkv_TCD, _FAMILY):
         from trtkit.kernels import triton_fused
 
-        return triton_fused.rope_write(
-            qkv_TCD, positions_T, cos_PD2, sin_PD2, cache_layer, tables_BM, rows_T, slots_T, num_heads=num_heads,
-            q_norm_D=q_norm_D, k_norm_D=k_norm_D, epsilon=epsilon, q_out=q_out, ring=ring, ring_index_T=ring_index_T,
-        )  # fmt: skip
+        run = triton_fused.rope_write
+    return run(
+        qkv_TCD, positions_T, cos_PD2, sin_PD2, cache_layer, tables_BM, rows_T, slots_T, num_heads=num_heads,
+        q_norm_D=q_norm_D, k_norm_D=k_norm_D, epsilon=epsilon, q_out=q_out, ring=ring, ring_index_T=ring_index_T,
+    )  # fmt: skip
+
+
+def rope_twin(  # noqa: PLR0913, PLR0917 - as `rope_write`
+    qkv_TCD: Tensor,
+    positions_T: Tensor,
+    cos_PD2: Tensor,
+    sin_PD2: Tensor,
+    cache_layer: Tensor,
+    tables_BM: Tensor,
+    rows_T: Tensor | None,
+    slots_T: Tensor,
+    *,
+    num_heads: int,
+    q_norm_D: Tensor | None = None,
+    k_norm_D: Tensor | None = None,
+    epsilon: float = 0.0,
+    q_out: Tensor | None = None,
+    ring: Tensor | None = None,
+    ring_index_T: Tensor | None = None,
+) -> Tensor:
+    """Defines `rope_write`; it waits for the device to tell which tokens have a slot."""
     kv_heads = cache_layer.shape[2]
     q_THD, k_THD = qkv_TCD[:, :num_heads], qkv_TCD[:, num_heads:-kv_heads]
     if q_norm_D is not None and k_norm_D is not None:
