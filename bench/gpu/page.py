@@ -9,9 +9,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +29,7 @@ from trtkit.benchmark.shares import floor, multiply_limit
 from trtkit.plan.cost import cost_per_million
 from trtkit.plan.prices import load_prices
 from trtkit.plan.work import prefill_flops
+from trtkit.spec.atomic import write_text
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.codec import read_record, write_record
 from trtkit.spec.dtype import DType
@@ -292,7 +293,9 @@ def keep(out: Path, name: str, results: Path = RESULTS) -> list[Path]:
         record = load(out / file)
         if record is not None and not record.get("rehearsal", True):
             target = results / f"gpu-{name}-{file}"
-            shutil.copyfile(out / file, target)
+            # Raw token times make a large file; a line for each would double it.
+            body = json.loads((out / file).read_text(encoding="utf-8"))
+            write_text(target, json.dumps(body, separators=(",", ":"), ensure_ascii=False) + "\n")
             kept.append(target)
     return kept
 
