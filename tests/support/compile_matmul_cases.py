@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from triton.runtime import driver
 
-from trtkit.kernels import triton_matmul
+from trtkit.kernels import triton_matmul, triton_quantise
 
 
 def _weight(outputs: int, inputs: int, dtype: torch.dtype):
@@ -22,19 +22,32 @@ def _linear(tokens: int, dtype: torch.dtype, weight_type: torch.dtype) -> None:
     triton_matmul.fused_linear(x, weight, scale, None, out)
 
 
+def _early() -> None:
+    """As where a product starts while the kernel before it ends; Ampere cannot."""
+    starts_early, triton_matmul.starts_early = (
+        triton_matmul.starts_early,
+        lambda _: driver.active.get_current_device() >= 90,
+    )
+    try:
+        _linear(1, torch.float16, torch.int8)
+    finally:
+        triton_matmul.starts_early = starts_early
+
+
 def _dequantise() -> None:
     weight, scale = _weight(1024, 8192, torch.int8)
-    triton_matmul.dequantise(weight, scale, torch.empty(1024, 8192, dtype=torch.float16))
+    triton_quantise.dequantise(weight, scale, torch.empty(1024, 8192, dtype=torch.float16))
 
 
 def _quantise() -> None:
     if driver.active.get_current_device() >= 89:  # below, the hardware makes no FP8
-        triton_matmul.quantise_rows_fp8(torch.empty(4, 28672, dtype=torch.bfloat16))
+        triton_quantise.quantise_rows_fp8(torch.empty(4, 28672, dtype=torch.bfloat16))
 
 
 CASES = {
     "dequantise": _dequantise,
     "quantise rows": _quantise,
+    "int8, 1 token, early": _early,
     "int8, 1 token": partial(_linear, 1, torch.float16, torch.int8),
     "int8, 32 tokens": partial(_linear, 32, torch.float16, torch.int8),
     "int8, 64 tokens": partial(_linear, 64, torch.float16, torch.int8),

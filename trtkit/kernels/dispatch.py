@@ -55,6 +55,12 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 @cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a CUDA device's hardware makes and multiplies FP8: from Ada and Hopper on. False for other devices."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@cache
 def _switched_off() -> dict[str, str]:
     named = os.environ.get(SWITCH, "").replace(",", " ").split()
     return dict.fromkeys(named, f"switched off by {SWITCH}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trtkit.kernels.dispatch import use_triton
+from trtkit.kernels.dispatch import has_fp8, use_triton
 
 FAMILY = "matmul"
 DECODE_ROWS = 64
@@ -80,10 +80,10 @@ def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
         The quantised rows [T, I] and fp32 scales [T, 1]; `quantised * scale` is the row again. A row of zeros has
         scale 1.
     """
-    if use_triton(x_TI, FAMILY):
-        from trtkit.kernels import triton_matmul
+    if use_triton(x_TI, FAMILY) and has_fp8(x_TI.device):
+        from trtkit.kernels import triton_quantise
 
-        return triton_matmul.quantise_rows_fp8(x_TI)
+        return triton_quantise.quantise_rows_fp8(x_TI)
     return quantise_rows_twin(x_TI)
 
 

@@ -18,6 +18,7 @@ from trtkit.kernels.matmul_tiles import WIDTHS, Tile, tiles_for
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton runs kernels in its interpreter in this process: no assembly, and one tile, for nothing is timed."""
 
+EARLY_START = "TRTKIT_EARLY_START"
 INTERPRETED_TILE = Tile(outputs=32, inputs=64, stages=1, warps=4, left=False)
 
 _REGISTERS = {2: 248, 4: 248}
@@ -61,6 +62,22 @@ def configurations() -> list[triton.Config]:
 def prune(_: list[triton.Config], named: dict[str, Any], **keywords: Any) -> list[triton.Config]:
     """Those for the launch at hand."""
     return [configuration(tile) for tile in candidates(keywords["BT"], named["weight"].element_size())]
+
+
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a product may start, and ask for weights, while the kernel before it ends (TRTKIT_EARLY_START=1).
+
+    Off unless asked for: nobody has run it on a GPU yet. Hopper brought it.
+    """
+    if os.environ.get(EARLY_START) != "1" or INTERPRETED or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(*, early: bool) -> dict[str, bool]:
+    """What a launch needs for that; older compilers do not know the word."""
+    return {"launch_pdl": True} if early else {}
 
 
 def bench(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:

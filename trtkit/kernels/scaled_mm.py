@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtkit.kernels.dispatch import has_fp8
 from trtkit.kernels.matmul import fp8_linear_twin, quantise_rows_fp8
-
-_FIRST_CAPABILITY = (8, 9)
-"""Ada and Hopper brought FP8 tensor cores."""
 
 _MULTIPLE = 16
 _PROBE_ROWS = 77
@@ -59,7 +57,7 @@ def fp8_way(device: torch.device, outputs: int = _PROBE_SIZE, inputs: int = _PRO
 
 @cache
 def _probed(device: torch.device) -> tuple[str, int]:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
+    if device.type == "cuda" and not has_fp8(device):
         return "dequantise", 1
     for way in ("rowwise", "tensorwise"):
         for padding in (1, _MULTIPLE):

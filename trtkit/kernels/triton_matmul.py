@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, E741, PLR0913, PLR0917
+# ruff: noqa: ANN001, ANN202, E741, PLR0912, PLR0913, PLR0915, PLR0917
 # mypy: disable-error-code="no-untyped-def"
 """The Triton kernels behind `trtkit.kernels.matmul`; that module says what each computes, and its twins define it.
 
@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.kernels.dispatch import num_multiprocessors
-from trtkit.kernels.matmul_configs import INTERPRETED, bench, candidates, configuration, configurations, prune, tile_of
+from trtkit.kernels.matmul_configs import (
+    INTERPRETED,
+    bench,
+    candidates,
+    configuration,
+    configurations,
+    launch_options,
+    prune,
+    starts_early,
+    tile_of,
+)
 from trtkit.kernels.matmul_tiles import (
     FUSED_ROWS,
     MAX_TILES,
@@ -34,6 +44,7 @@ from trtkit.kernels.matmul_tiles import (
     token_width,
 )
 from trtkit.kernels.scaled_mm import fp8_way, scaled_linear
+from trtkit.kernels.triton_quantise import dequantise, kind_of
 from trtkit.kernels.triton_widen import widen
 
 
@@ -66,7 +77,7 @@ def fused_linear(
     tokens, (outputs, inputs) = x_TI.shape[0], weight_OI.shape
     if x_TI.stride(1) != 1:
         x_TI = x_TI.contiguous()
-    kind, bits = _kind(weight_OI)
+    kind, bits = kind_of(weight_OI)
     width, item = token_width(tokens), bits.element_size()
     multiprocessors = num_multiprocessors(x_TI.device)
     tried = candidates(width, item) if tile is None else (tile,)
@@ -79,10 +90,11 @@ def fused_linear(
         return tiles, num_pieces(chosen, width, tiles, inputs, item, multiprocessors)
 
     kernel, fixed = (_linear, {}) if tile is None else (_linear.fn, configuration(tile).all_kwargs())
+    early = starts_early(x_TI.device)
     kernel[grid](
         x_TI, bits, scale_O, bias_O, out, partial, _counters(x_TI.device), tokens, outputs, inputs,
         x_TI.stride(0), out.stride(0), KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=bias_O is not None,
-        BT=width, ASM=not INTERPRETED, **fixed,
+        BT=width, ASM=not INTERPRETED, EARLY=early, **launch_options(early=early), **fixed,
     )  # fmt: skip
     return out
 
@@ -99,16 +111,18 @@ def compile_ahead(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, *, ha
     """
     if INTERPRETED:
         return
-    kind, bits = _kind(weight_OI)
+    kind, bits = kind_of(weight_OI)
     numbers = torch.empty(16, dtype=torch.float32, device=x_TI.device)
     width_O, width_I = weight_OI.shape
+    early = starts_early(x_TI.device)
     with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         for width in WIDTHS:
             for tile in candidates(width, bits.element_size()):
                 _linear.fn.fn.warmup(
                     x_TI, bits, scale_O, x_TI if has_bias else None, x_TI, numbers, numbers.view(torch.int32), 1,
                     width_O, width_I, width_I, width_O, KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=has_bias,
-                    BT=width, ASM=True, EVEN=True, grid=(1,), **configuration(tile).all_kwargs(),
+                    BT=width, ASM=True, EARLY=early, EVEN=True, grid=(1,), **launch_options(early=early),
+                    **configuration(tile).all_kwargs(),
                 )  # fmt: skip
 
 
@@ -127,31 +141,6 @@ def fp8_linear(
     return out.copy_(product)
 
 
-def dequantise(weight_OI: Tensor, scale_O: Tensor, out_OI: Tensor) -> Tensor:
-    """Write `weight * scale` in the type of `out_OI`, a contiguous tensor of the same shape."""
-    kind, bits = _kind(weight_OI)
-    outputs, inputs = weight_OI.shape
-    _dequantise[(outputs, triton.cdiv(inputs, 4096))](
-        bits, scale_O, out_OI, inputs, KIND=kind, BI=4096, ASM=not INTERPRETED, num_warps=4
-    )
-    return out_OI
-
-
-def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """See `trtkit.kernels.matmul.quantise_rows_fp8`."""
-    tokens, inputs = x_TI.shape
-    if x_TI.stride(1) != 1:
-        x_TI = x_TI.contiguous()
-    quantised = torch.empty(tokens, inputs, dtype=torch.float8_e4m3fn, device=x_TI.device)
-    scale = torch.empty(tokens, 1, dtype=torch.float32, device=x_TI.device)
-    if tokens:
-        block = min(8192, triton.next_power_of_2(inputs))
-        _quantise_rows[(tokens,)](
-            x_TI, quantised, scale, inputs, x_TI.stride(0), BI=block, ROUND=INTERPRETED, num_warps=8
-        )
-    return quantised, scale
-
-
 def _widened(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, out: Tensor) -> Tensor:
     """torch's product, over a few output channels of a quantised weight at a time."""
     outputs, inputs = weight_OI.shape
@@ -165,15 +154,6 @@ def _widened(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Te
             wide = dequantise(weight_OI[rows], scale_O[rows], workspace[: rows.stop - start])
             torch.mm(x_TI, wide.T, out=out[:, rows])
     return out if bias_O is None else out.add_(bias_O)
-
-
-def _kind(weight_OI: Tensor) -> tuple[str, Tensor]:
-    """What the kernel has to widen, and the weight as a type that Triton loads on every GPU."""
-    if weight_OI.dtype is torch.int8:
-        return "int8", weight_OI
-    if weight_OI.dtype is torch.float8_e4m3fn:
-        return "fp8", weight_OI.view(torch.uint8)
-    return "plain", weight_OI
 
 
 @cache
@@ -193,8 +173,8 @@ def _counters(device: torch.device) -> Tensor:
 def _linear(
     x, weight, scale, bias, out, partial, counters, T, O, I, stride_x, stride_out,
     KIND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, LEFT: tl.constexpr,
-    ASM: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
-    EVEN: tl.constexpr,
+    ASM: tl.constexpr, EARLY: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, STAGES: tl.constexpr,
+    WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     token_tiles = tl.cdiv(T, BT)
     tile = tl.program_id(0)  # those of the same channels are neighbours, so that L2 reads the weight once
@@ -204,12 +184,16 @@ def _linear(
     token = (tile % token_tiles) * BT + tl.arange(0, BT)
     lane = tl.arange(0, BI)
     steps = tl.cdiv(I, BI)
-    weights = weight + tl.minimum(channel, O - 1).to(tl.int64)[:, None] * I + lane[None, :]
+    starts = weight + tl.minimum(channel, O - 1).to(tl.int64) * I
+    weights = starts[:, None] + lane[None, :]
     rows = x + token.to(tl.int64)[:, None] * stride_x + lane[None, :]
     there = (token < T)[:, None]
     DTYPE: tl.constexpr = x.dtype.element_ty if ASM else tl.float32  # the interpreter cannot multiply bf16
     sums = tl.zeros([BO, BT] if LEFT else [BT, BO], tl.float32)
-    for step in tl.range(steps * piece // pieces, steps * (piece + 1) // pieces, num_stages=STAGES):
+    first = steps * piece // pieces
+    if EARLY:
+        _start_early(starts + first * BI, BI, STAGES)
+    for step in tl.range(first, steps * (piece + 1) // pieces, num_stages=STAGES):
         at = step * BI
         if EVEN:
             bits = tl.load(weights + at, eviction_policy="evict_first")
@@ -239,6 +223,20 @@ def _linear(
 
 
 @triton.jit
+def _start_early(starts, BI: tl.constexpr, STAGES: tl.constexpr):
+    """Ask L2 for the first weights, which no kernel writes, then wait for the kernel before, which writes the rest."""
+    LINE: tl.constexpr = 1024 // starts.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (STAGES - 1) * BI // LINE
+    for line in tl.static_range(LINES):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [starts + line * LINE],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def _add_pieces(sums, partial, counters, tile, piece, pieces, BT: tl.constexpr, BO: tl.constexpr):
     """Leave this program's sums for the last one of its tile; whether this is it, and then the whole sum."""
     flat = tl.arange(0, BT)[:, None] * BO + tl.arange(0, BO)[None, :]
@@ -252,35 +250,3 @@ def _add_pieces(sums, partial, counters, tile, piece, pieces, BT: tl.constexpr, 
             sums += tl.load(mine + index * (BO * BT), cache_modifier=".cg")
         tl.store(counters + tile, 0)
     return sums, last
-
-
-@triton.jit
-def _dequantise(weight, scale, out, I, KIND: tl.constexpr, BI: tl.constexpr, ASM: tl.constexpr):
-    channel = tl.program_id(0)
-    lane = tl.program_id(1) * BI + tl.arange(0, BI)
-    inside = lane < I
-    start = channel.to(tl.int64) * I
-    bits = tl.load(weight + start + lane, mask=inside, other=0, eviction_policy="evict_first")
-    wide = widen(bits, KIND, out.dtype.element_ty, ASM).to(tl.float32) * tl.load(scale + channel).to(tl.float32)
-    tl.store(out + start + lane, wide.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _quantise_rows(x, quantised, scale, I, stride_x, BI: tl.constexpr, ROUND: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, BI)
-    largest = tl.zeros([BI], tl.float32)
-    for start in range(0, I, BI):
-        part = tl.load(x + row * stride_x + start + lane, mask=start + lane < I, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(part))
-    top = tl.max(largest, 0)
-    size = tl.where(top > 0, tl.div_rn(top, 448.0), 1.0)
-    for start in range(0, I, BI):
-        part = tl.load(x + row * stride_x + start + lane, mask=start + lane < I, other=0.0).to(tl.float32)
-        part = tl.minimum(tl.maximum(tl.div_rn(part, size), -448.0), 448.0)
-        if ROUND:  # the interpreter's cast does not round to nearest, so what it casts is rounded before
-            quantum = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.maximum(tl.abs(part), 2.0**-20))), -6.0) - 3)
-            shift = quantum * (3 << 22)
-            part = (part + shift) - shift
-        tl.store(quantised + row * I + start + lane, part.to(tl.float8e4nv), mask=start + lane < I)
-    tl.store(scale + row, size)

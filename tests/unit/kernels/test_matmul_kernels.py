@@ -17,7 +17,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
-from trtkit.kernels import matmul_configs, triton_matmul
+from trtkit.kernels import matmul_configs, triton_matmul, triton_quantise
 
 EPS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -159,7 +159,7 @@ def test_fp32_activations_and_no_tokens_at_all_are_served():
 @pytest.mark.parametrize("inputs", [96, 8192 + 48])
 def test_rows_quantised_by_the_kernel_equal_the_twin(inputs):
     x = torch.randn(4, inputs, generator=torch.Generator().manual_seed(2)) * torch.tensor([[1.0], [1e-3], [1e4], [0.0]])
-    quantised, scale = triton_matmul.quantise_rows_fp8(x.bfloat16())
+    quantised, scale = triton_quantise.quantise_rows_fp8(x.bfloat16())
     expected, expected_scale = matmul.quantise_rows_twin(x.bfloat16())
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     assert (quantised.float() == expected.float()).float().mean() > 0.999

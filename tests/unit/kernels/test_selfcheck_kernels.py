@@ -31,6 +31,7 @@ SHAPE = CheckShape(
 def kernels_instead_of_twins(monkeypatch):
     for module in (check_matmul, fused, matmul, paged, ranking, sampling, slots):
         monkeypatch.setattr(module, "use_triton", lambda *_: True)
+    monkeypatch.setattr(matmul, "has_fp8", lambda _: True)
     monkeypatch.setattr(check_matmul, "_INPUTS", 512)
     monkeypatch.setattr(check_matmul, "_OUTPUTS", 48)
     yield
