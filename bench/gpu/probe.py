@@ -119,7 +119,8 @@ class Probe:
         with torch.cuda.graph(graph):
             for _ in range(LAUNCHES):
                 probe_kernels.nothing(flag)
-        self._host_time(f"launch, graph of {LAUNCHES} nodes", graph.replay)
+        # One at a time: a full queue would make the host wait for the device.
+        self._host_time(f"launch, graph of {LAUNCHES} nodes", graph.replay, calls=1)
         self._round_trip(torch.zeros(64, dtype=torch.int32, device=device))
 
     def _round_trip(self, values: Tensor) -> None:
@@ -169,15 +170,15 @@ class Probe:
         )  # fmt: skip
         self._keep(row, limit)
 
-    def _host_time(self, name: str, run: Callable[[], object], limit: str = "") -> None:
-        """Host time of a call, median over rounds, nothing waiting in between."""
+    def _host_time(self, name: str, run: Callable[[], object], limit: str = "", calls: int = 100) -> None:
+        """Host time of a call, median over rounds of so many; the device is idle before each round."""
         rounds = []
         for _ in range(9):
             torch.cuda.synchronize()
             started = time.perf_counter()
-            for _ in range(100):
+            for _ in range(calls):
                 run()
-            rounds.append((time.perf_counter() - started) / 100)
+            rounds.append((time.perf_counter() - started) / calls)
         torch.cuda.synchronize()
         row = ProbeRow(name=name, value=sorted(rounds)[4], unit="s", clocks_after=clocks(), note="host time")
         self._keep(row, limit)
