@@ -56,6 +56,10 @@ class EvictionRules:
             self._policies[spec] = policy
         return self._policies[spec]
 
+    def piece(self, budget: Budget) -> int:
+        """Tokens of a prompt between two evictions."""
+        return self._piece(budget, self._scheduler.limits)
+
     def admit(self, sequence: Sequence) -> EvictionPolicy | None:
         """See `LayerObserver.admit`. A request that can never outgrow its budget is left alone altogether.
 
@@ -76,7 +80,7 @@ class EvictionRules:
             bounds = (0, *sequence.chunk_ends, sequence.prompt_len)
             piece = max(end - start for start, end in itertools.pairwise(bounds))
         else:
-            piece = self._piece(budget, self._scheduler.limits)
+            piece = self.piece(budget)
             sequence.prefill_quantum = piece
         sequence.evicts = True
         sequence.kv_cap_tokens = min(budget.tokens + max(piece, budget.interval), max(grown, sequence.prompt_len))

@@ -110,17 +110,22 @@ class DeviceEviction:
             policy = self._rules.policy(self._spec.resolved(max(1, self._limits.max_seq_len >> shrunk)))
             if policy is None:
                 return
-            live = min(policy.budget.tokens + policy.budget.interval, self._limits.max_seq_len)
-            watched = self._begin_watching(Sequence(request=_NOBODY, arrival=0, max_new_tokens=1), policy, live)
-            table = torch.zeros(-(-live // self._storage.shape[4]), dtype=torch.int32, device=self._storage.device)
-            watched.unlisted = live
-            watched.pending = min(self.ring_size, live) if policy.watch.queries == "all" else 0
-            self._scores.flush(watched, table, live)
-            if watched.window:
-                self._scores.look_through_ring(watched, ALL, table, live, live, None)
-            self._shrink(watched, ALL, table, live, live)
-            self._verdicts.clear(watched.slot)
-            self.forget(watched.sequence)
+            budget = policy.budget
+            for more in (self._rules.piece(budget), budget.interval):
+                self._rehearse(policy, min(budget.tokens + more, self._limits.max_seq_len))
+
+    def _rehearse(self, policy: EvictionPolicy, live: int) -> None:
+        """One round at `live` slots, for nobody."""
+        watched = self._begin_watching(Sequence(request=_NOBODY, arrival=0, max_new_tokens=1), policy, live)
+        table = torch.zeros(-(-live // self._storage.shape[4]), dtype=torch.int32, device=self._storage.device)
+        watched.unlisted = live
+        watched.pending = min(self.ring_size, live) if policy.watch.queries == "all" else 0
+        self._scores.flush(watched, table, live)
+        if watched.window:
+            self._scores.look_through_ring(watched, ALL, table, live, live, None)
+        self._shrink(watched, ALL, table, live, live)
+        self._verdicts.clear(watched.slot)
+        self.forget(watched.sequence)
 
     def admit(self, sequence: Sequence) -> None:
         """See `LayerObserver.admit`.

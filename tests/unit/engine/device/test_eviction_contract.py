@@ -267,11 +267,11 @@ def test_warming_up_leaves_nothing_behind(kv):
     assert len(eviction.rings._free) == 8
 
 
-def test_warming_up_covers_half_sizes_of_a_share_down_to_an_eighth(monkeypatch):
+def test_warming_up_covers_prompts_and_decoding_and_of_a_share_half_sizes_down_to_an_eighth(monkeypatch):
     asked = []
     monkeypatch.setattr(eviction_module, "compact_layers", lambda *args: asked.append(args[3]))
     DeviceSide(stream_model(), lambda *_: 8, kv="h2o:50%,interval=4").eviction.warm_up()
-    assert asked == [164, 84, 44, 24]
+    assert asked == [168, 164, 88, 84, 48, 44, 28, 24]
     asked.clear()
     DeviceSide(stream_model(), lambda *_: 8, kv=H2O).eviction.warm_up()
-    assert asked == [28]
+    assert asked == [32, 28]
