@@ -72,6 +72,7 @@ class FakeScript:
     max_batch_size: int = 32
     max_seq_len: int = 512
     vocab_size: int = 300
+    notes: tuple[str, ...] = ()
     tokens_per_block: int = 16
     blocks_total: int = 4096
     die_at_token: int | None = None
@@ -127,6 +128,7 @@ class FakeEngine:
             weight_bytes=1000,
             kv_pool_bytes=script.blocks_total * 64,
             kv_policy=KVPolicySpec(),
+            notes=script.notes,
         )
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[TokenEvent]:

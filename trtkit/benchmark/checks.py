@@ -28,6 +28,11 @@ def bookkeeping_checks(repeats: Sequence[Repeat], workload: Workload, kv: KVPoli
     )
 
 
+def engine_checks(notes: Sequence[str]) -> tuple[Check, ...]:
+    """What the engine says does not run as it should, such as a kernel that fell back: kept beside every number."""
+    return tuple(Check(name="engine_as_built", status=WARN, detail=note) for note in notes)
+
+
 def _all_finished(samples: Sequence[RequestSample]) -> Check:
     failed = [sample for sample in samples if sample.error is not None]
     detail = f"{len(samples) - len(failed)} of {len(samples)} requests finished"

@@ -13,7 +13,7 @@ import numpy as np
 
 from trtkit.backends.remote import DEFAULT_OPENER, RemoteEngine, Timeouts
 from trtkit.benchmark.cells import ENGINE_LOST, Cell, load_title, plan_cells, prepare_output
-from trtkit.benchmark.checks import FAIL, bookkeeping_checks
+from trtkit.benchmark.checks import FAIL, bookkeeping_checks, engine_checks
 from trtkit.benchmark.clocks import ClockSampler, clock_check, clock_gauge
 from trtkit.benchmark.driver import run_repeat
 from trtkit.benchmark.environment import fingerprint
@@ -213,7 +213,8 @@ class _Session:
             self._environment = replace(self._environment, machine_limits=again)
             measured = self._measured(cell, repeats, started)
         reports = clocks.reports()
-        checks = (*measured.checks, clock_check(reports)) if reports else measured.checks
+        checks = (*measured.checks, *engine_checks(self._engine.info.notes))
+        checks = (*checks, clock_check(reports)) if reports else checks
         return judged(replace(measured, memory=memory, checks=checks), self._settings.judge)
 
     def _measured(self, cell: Cell, repeats: tuple[Repeat, ...], started: str) -> BenchResult:

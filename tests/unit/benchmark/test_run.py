@@ -83,6 +83,16 @@ def test_each_cell_leaves_one_record_that_holds_everything(tmp_path: Path) -> No
     assert done.results[1].memory.kv_peak_bytes == 4 * 3 * 64
 
 
+def test_what_the_engine_says_does_not_run_as_it_should_is_in_the_record(tmp_path: Path) -> None:
+    done = run([bundle(tmp_path, notes=("fused kernel fell back: too wrong",)), bundle(tmp_path, "quiet")], tmp_path)
+    noted, quiet = done.results
+    assert [(c.status, c.detail) for c in noted.checks if c.name == "engine_as_built"] == [
+        ("warn", "fused kernel fell back: too wrong")
+    ]
+    assert noted.valid
+    assert not [check for check in quiet.checks if check.name == "engine_as_built"]
+
+
 def test_finished_cells_are_kept_and_the_run_says_so(tmp_path: Path) -> None:
     path = bundle(tmp_path)
     first = run([path], tmp_path)
