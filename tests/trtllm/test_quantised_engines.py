@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from trtkit.backends.verify import MAX_DRIFT
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.engine import Request
 from trtkit.spec.errors import EngineError, UnsupportedError, UsageError
+from trtkit.trtllm.installed import installation
+from trtkit.trtllm.requirements import PACKING_FUNCTION
 
 TINY = Path(__file__).parents[2] / "bench" / "tiny_model" / "model"
 LIMITS: dict[str, object] = {
@@ -106,6 +109,14 @@ def test_a_release_without_the_packing_function_is_told_in_one_line(
     fake: pytest.MonkeyPatch, tmp_path: Path, gptq: dict[str, Path]
 ) -> None:
     fake.setattr("trtkit.backends.build_tensorrt.verify", lambda *_: {})
+    found = installation()
+    without = {name: taken for name, taken in found.names.items() if name != PACKING_FUNCTION}
+    assert len(without) == len(found.names) - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trtkit.trtllm.requirements.installation", lambda: dataclasses.replace(found, names=without))
+        with pytest.raises(UnsupportedError, match="which packs GPTQ weights"):
+            build(tmp_path, gptq["rows"], precision="int8-gptq")
+    assert not list(tmp_path.iterdir())
     fake.setenv("FAKE_TRTLLM_PACK", "missing")
     with pytest.raises(
         EngineError, match=r"packing GPTQ weights ended with exit code 1.*has no preprocess_weights"

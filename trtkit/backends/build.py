@@ -43,7 +43,7 @@ from trtkit.trtllm.capabilities import check_plan, kv_fidelity
 from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.gptq import taken_over as gptq_note
 from trtkit.trtllm.policies import check_adapter
-from trtkit.trtllm.requirements import require_builder_device, require_target
+from trtkit.trtllm.requirements import require_builder_device, require_packing, require_target
 from trtkit.version import __version__
 
 ENGINE_SUFFIX = ".engine"
@@ -132,6 +132,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
     if plan.target == "tensorrt":
         require_builder_device(plan)
+        require_packing(plan)
     if plan.load_format == "dummy":
         return _build_dummy(BuildJob(plan=plan, source_dir=path, directory=path, fidelity=fidelity), path)
     source_dir = source if isinstance(source, Path) else source.fetch()

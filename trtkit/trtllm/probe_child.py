@@ -27,9 +27,10 @@ NAMES = (
     "tensorrt_llm.llmapi.SchedulerConfig",
     "tensorrt_llm.llmapi.CapacitySchedulerPolicy",
     "tensorrt_llm.llmapi.ExtendedRuntimePerfKnobConfig",
+    "tensorrt_llm.quantization.functional.preprocess_weights_for_mixed_gemm",
     "mpi4py.MPI",
 )
-"""Everything trtkit's runtimes touch, by dotted name."""
+"""Everything that trtkit's builds and runtimes touch, by dotted name."""
 
 
 def probe(names: Sequence[str] = NAMES) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.errors import MissingDependencyError, UnsupportedError
 from trtkit.spec.plan import BuildPlan
+from trtkit.spec.quant import GPTQ_INT8
 from trtkit.spec.units import format_gib
 from trtkit.trtllm.capabilities import ENGINE_RELEASES, PYTORCH_SINCE
 from trtkit.trtllm.installed import Device, Installation, installation, visible_devices
@@ -14,6 +15,7 @@ from trtkit.trtllm.installed import Device, Installation, installation, visible_
 _IMAGE = "docker run --gpus all -it nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
 _WAYS_OUT = f"use its container ({_IMAGE}, or docker/), --target embedded, or --dry-run"
 _ENGINE_NAMES = ("tensorrt_llm.llmapi.SamplingParams", "tensorrt_llm.llmapi.KvCacheConfig")
+PACKING_FUNCTION = "tensorrt_llm.quantization.functional.preprocess_weights_for_mixed_gemm"
 _MEMORY_SHARE = 0.9
 """A device with a tenth less memory than the catalog's is another device."""
 
@@ -76,6 +78,22 @@ def require_builder_device(plan: BuildPlan, devices: Sequence[Device] | None = N
         raise MissingDependencyError(
             f"{plan.name}: an engine for {plan.gpu} is built on a GPU of compute capability {wanted.sm / 10:.1f}; "
             f"this machine has {_listed(devices)}; build there, or look with --dry-run"
+        )
+
+
+def require_packing(plan: BuildPlan, found: Installation | None = None) -> None:
+    """The function that packs GPTQ weights, for a plan that needs it.
+
+    Raises:
+        UnsupportedError: the installed release has none by that name.
+    """
+    if plan.quant.algo != GPTQ_INT8:
+        return
+    found = found or installation()
+    if PACKING_FUNCTION not in found.names:
+        raise UnsupportedError(
+            f"{plan.name}: TensorRT-LLM {found.version} has no {PACKING_FUNCTION}, which packs GPTQ weights; use 1.2.x, or "
+            "--precision int8, which rounds again"
         )
 
 

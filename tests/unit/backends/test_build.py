@@ -206,6 +206,24 @@ def test_a_build_interrupted_after_conversion_does_not_convert_again(
     assert "convert" not in build_engine(plan, tmp_path / "m", tmp_path / "builds").manifest.phases_s
 
 
+def test_what_another_calibration_left_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: object) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    write_model(tmp_path / "m")
+    plan = plan_of(tmp_path / "m")
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(verify_module, "verify", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(plan, tmp_path / "m", tmp_path / "builds", calib_text=tmp_path / "a")
+    monkeypatch.setattr(verify_module, "verify", no_verification)
+    bundle = build_engine(plan, tmp_path / "m", tmp_path / "builds", calib_text=tmp_path / "b")
+    assert "convert" in bundle.manifest.phases_s
+    with pytest.raises(InputError, match="cannot be read as text"):
+        build_engine(plan, tmp_path / "m", tmp_path / "more", calib_text=tmp_path / "none")
+
+
 def test_what_another_plan_left_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: object) -> dict[str, float]:
         raise KeyboardInterrupt

@@ -11,7 +11,14 @@ from trtkit.spec.errors import MissingDependencyError, UnsupportedError
 from trtkit.spec.plan import BuildPlan, Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.trtllm.installed import Device, Installation
-from trtkit.trtllm.requirements import choose_target, require_builder_device, require_runtime, require_target
+from trtkit.trtllm.requirements import (
+    PACKING_FUNCTION,
+    choose_target,
+    require_builder_device,
+    require_packing,
+    require_runtime,
+    require_target,
+)
 
 NAMES = {
     "tensorrt_llm.LLM": None,
@@ -103,3 +110,11 @@ def test_ranks_without_mpi_are_refused_and_one_rank_needs_none() -> None:
     require_runtime(plan(), without, (H100,))
     with pytest.raises(MissingDependencyError, match="mpi4py"):
         require_runtime(plan(tp=2), without, (H100, H100))
+
+
+def test_gptq_wants_the_function_that_packs_it_and_nothing_else_does() -> None:
+    require_packing(plan(), ENGINES)
+    gptq = dataclasses.replace(plan(), quant=quant_for("int8-gptq"))
+    with pytest.raises(UnsupportedError, match=r"1\.2\.1 has no .*mixed_gemm.*--precision int8"):
+        require_packing(gptq, ENGINES)
+    require_packing(gptq, dataclasses.replace(ENGINES, names={**NAMES, PACKING_FUNCTION: ("tensor",)}))
