@@ -19,6 +19,7 @@ from trtkit.engine.device.decode import DecodeBuffers, LastTokens
 from trtkit.engine.device.eviction import DeviceEviction
 from trtkit.engine.device.graphs import Capture, DecodeGraphs, buckets
 from trtkit.engine.device.layout import NOWHERE, DeviceRow, DeviceStep, RowFacts, row_order, send_mixed
+from trtkit.engine.device.memory import device_bytes, memory_split
 from trtkit.engine.device.model import Parts, forward, logits
 from trtkit.engine.device.sampling import draw_into
 from trtkit.engine.device.segments import Segment
@@ -96,28 +97,13 @@ class DeviceRunner:
         self._answers = [pinned(limits.max_batch_size, device) for _ in range(max_in_flight + 2)]
         self._turn = 0
         self._given_notes = notes
-        before = _device_bytes(device)
+        before = device_bytes(device)
         self._graphs = self._captured(buckets(limits.max_batch_size), capture)
-        self._memory = self._split(before, activation_bytes)
+        self._memory = memory_split(before, device_bytes(device), self.weights, cache, activation_bytes)
 
     @torch.inference_mode()
     def _captured(self, sizes: tuple[int, ...], capture: Capture | None) -> DecodeGraphs:
         return DecodeGraphs(sizes, self._buffers.work, capture, prepare=self._buffers.clear)
-
-    def _split(self, before: dict[str, int], activation_bytes: int | None) -> dict[str, int]:
-        after = _device_bytes(self.cache.device)
-        if not after:
-            return {}
-        weights, pool = self.weights.num_bytes, self.cache.storage.numel() * self.cache.storage.element_size()
-        return {
-            "total": after["total"],
-            "weights": weights,
-            "kv_pool": pool,
-            "static": before["allocated"] - weights - pool,
-            "graphs": before["free"] - after["free"],
-            "context": after["total"] - after["free"] - after["reserved"],
-            "free": after["free"],
-        } | ({} if activation_bytes is None else {"activations": activation_bytes})
 
     @property
     def memory(self) -> dict[str, int]:
@@ -314,19 +300,6 @@ def _workspace(weights: ModelWeights, limits: Limits, device: torch.device) -> D
         rows * decode_splits(rows, model.num_kv_heads, processors) for rows in range(1, limits.max_batch_size + 1)
     )
     return DecodeWorkspace.empty(most, model.num_heads, model.head_dim, 1, device)
-
-
-def _device_bytes(device: torch.device) -> dict[str, int]:
-    if device.type != "cuda":
-        return {}
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return {
-        "total": total,
-        "free": free,
-        "allocated": torch.cuda.memory_allocated(device),
-        "reserved": torch.cuda.memory_reserved(device),
-    }
 
 
 def _any_drawn(draws: Seq[Draw | None]) -> bool:

@@ -69,7 +69,7 @@ def test_memory_is_told_apart_by_what_holds_it(monkeypatch: pytest.MonkeyPatch) 
             {"total": 10**9, "free": 8 * 10**8, "allocated": weights + pool + 1000, "reserved": 15 * 10**7},
         ]
     )
-    monkeypatch.setattr(runner_module, "_device_bytes", lambda _: next(seen))
+    monkeypatch.setattr(runner_module, "device_bytes", lambda _: next(seen))
     engine = open_tensors(
         SPEC, trtllm_tensors(make_hf()), limits=limits(kv_memory_bytes=kv_bytes(SPEC, 16)), runner_factory=device_runner(SPEC)
     )  # fmt: skip
