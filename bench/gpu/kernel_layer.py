@@ -1,6 +1,9 @@
-"""One decoder layer as decode runs it: nine kernels in one graph, so that what lies between them is in the time too."""
+"""One decoder layer as the engine runs it: nine kernels one after the other, so that what lies between them counts too."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,79 +14,144 @@ from bench.gpu.kernel_attention import batches, dense_attention, workspace
 from bench.gpu.kernel_bench import COMPUTE, Bench, Case, Pairs, Work, num_bytes
 from bench.gpu.kernel_fused import turned
 from trtkit.kernels import fused, matmul, paged
+from trtkit.spec.dtype import DType
 
 BOUNDS = {"int8": 0.005, "fp8": 0.02, "bf16": 0.02}
 """Nine kernels' roundings to 16 bits, one after the other."""
+
+FP8_ACTIVATIONS_BOUND = 0.12
+"""Four products whose activations are off by up to 1/16 each."""
 _EPSILON = 1e-5
 _POSITIONS = 8192
 Weights = dict[str, tuple[Tensor, Tensor | None]]
+Attention = Callable[[Tensor, paged.PagedBatch], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """Inputs of one layer for T tokens, each with its slot in one of the batch's sequences."""
+
+    bench: Bench
+    kind: str
+    weights: list[Weights]
+    pools: list[paged.PagedBatch]
+    norms: list[Tensor]
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    rows: Tensor | None
+    slots: Tensor
+    start: Tensor
+    delta: Tensor
+    attend: Attention
+
+    def run(self, index: int, residual: Tensor) -> Tensor:
+        """What is to be added to `residual` after it, [T, E]; `residual` is changed as in a step."""
+        matrices, batch = self.weights[index % len(self.weights)], self.pools[index % len(self.pools)]
+        product = matmul.fp8_linear if self.kind == "fp8" else matmul.linear
+        tokens, scale = residual.shape[0], self.bench.scale
+        hidden = fused.add_rms_norm(self.delta, residual, self.norms[0], _EPSILON)
+        qkv = product(hidden, *matrices["qkv"]).view(tokens, -1, scale.dim)
+        queries = fused.rope_write(
+            qkv, self.positions, self.cos, self.sin, batch.cache, batch.blocks_BM, self.rows, self.slots,
+            num_heads=scale.heads,
+        )  # fmt: skip
+        attended = self.attend(queries, batch).view(tokens, -1)
+        hidden = fused.add_rms_norm(product(attended, *matrices["dense"]), residual, self.norms[1], _EPSILON)
+        return product(fused.silu_mul(product(hidden, *matrices["gate_up"])), *matrices["down"])
+
+    def check(self, cached: list[tuple[slice, int, int]]) -> Pairs:
+        """Against float64: `cached` has each sequence's tokens, its row and how many slots lay before them."""
+        residual = self.start.clone()
+        result = self.run(0, residual)
+        matrices, batch, scale = self.weights[0], self.pools[0], self.bench.scale
+        wide = self.start.double() + self.delta.double()
+        qkv = kernel_products.reference(_normed(wide, self.norms[0]), *matrices["qkv"])
+        at = self.positions.to(torch.int64)
+        queries = qkv.view(len(at), -1, scale.dim)[:, : scale.heads]
+        queries = turned(queries, self.cos[at, None].double(), self.sin[at, None].double())
+        # New keys and values are read back from the cache, where they were rounded.
+        found = [dense_attention(queries[tokens], batch, row, before)[0] for tokens, row, before in cached]
+        wide = wide + kernel_products.reference(torch.cat(found).flatten(1), *matrices["dense"])
+        gate, up = kernel_products.reference(_normed(wide, self.norms[1]), *matrices["gate_up"]).chunk(2, dim=-1)
+        return [(residual, wide), (result, kernel_products.reference(F.silu(gate) * up, *matrices["down"]))]
 
 
 def decode_layer(bench: Bench, kind: str, rows: int, context: int) -> None:
-    """Norm, projection, rotation, attention, projection, norm, MLP for one token of `rows` sequences."""
-    session, scale = bench.session, bench.scale
-    shapes = {name: shape for name, shape in scale.matrices.items() if name != "lm_head"}
-    compute, item = COMPUTE[kind], 1 if kind in ("int8", "fp8") else 2
-    copies = session.copies(sum(outputs * inputs for outputs, inputs in shapes.values()) * item)
-    weights: list[Weights] = [
-        {name: kernel_products.weight(bench, kind, *shape) for name, shape in shapes.items()} for _ in range(copies)
-    ]
-    # Sequences end one slot before their blocks do: the new token's key and value go there.
-    paged_batches = batches(bench, "bf16" if kind in ("fp8", "bf16") else "fp16", copies, [context] * rows)
-    norms = [session.randn(scale.hidden, dtype=compute) for _ in range(2)]
-    angles = session.randn(_POSITIONS, scale.dim // 2)
-    cos, sin = angles.cos().to(compute), angles.sin().to(compute)
-    positions = session.randint(0, _POSITIONS, (rows,))
-    slots = torch.full((rows,), context - 1, dtype=torch.int32, device=session.device)
+    """One token of each of `rows` sequences; the newest lies in the last slot of `context`."""
     scratch = workspace(bench, rows)
-    start = session.randn(rows, scale.hidden, dtype=compute)
-    delta = session.randn(rows, scale.hidden, dtype=compute, scale=0.1)
 
-    def run(index: int, residual: Tensor) -> Tensor:
-        matrices, batch = weights[index % copies], paged_batches[index % copies]
-        hidden = fused.add_rms_norm(delta, residual, norms[0], _EPSILON)
-        qkv = matmul.linear(hidden, *matrices["qkv"]).view(rows, -1, scale.dim)
-        queries = fused.rope_write(
-            qkv, positions, cos, sin, batch.cache, batch.blocks_BM, None, slots, num_heads=scale.heads
-        )
-        attended, _ = paged.paged_decode_attention(queries, batch, workspace=scratch)
-        hidden = fused.add_rms_norm(
-            matmul.linear(attended.view(rows, -1), *matrices["dense"]), residual, norms[1], _EPSILON
-        )
-        return matmul.linear(fused.silu_mul(matmul.linear(hidden, *matrices["gate_up"])), *matrices["down"])
+    def attend(queries: Tensor, batch: paged.PagedBatch) -> Tensor:
+        return paged.paged_decode_attention(queries, batch, workspace=scratch)[0]
 
-    residual = start.clone()
+    layer = _layer(bench, kind, rows, [context] * rows, attend)
+    slots = torch.full((rows,), context - 1, dtype=torch.int32, device=bench.session.device)
+    layer = replace(layer, slots=slots)
+    cached = [(slice(row, row + 1), row, context - 1) for row in range(rows)]
+    _measure(layer, f"decode layer, {kind}", {"B": rows, "N": context}, cached, pairs=rows * context)
 
-    def check() -> Pairs:
-        mine = start.clone()
-        result = run(0, mine)
-        matrices, batch = weights[0], paged_batches[0]
 
-        def product(x: Tensor, name: str) -> Tensor:
-            return kernel_products.reference(x, *matrices[name])
+def prefill_layer(bench: Bench, kind: str, tokens: int) -> None:
+    """A prompt of so many tokens from its beginning."""
+    device = bench.session.device
+    starts = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+    before = torch.zeros(1, dtype=torch.int32, device=device)
 
-        wide = start.double() + delta.double()
-        qkv = product(_normed(wide, norms[0]), "qkv").view(rows, -1, scale.dim)
-        at = positions.to(torch.int64)
-        queries = turned(qkv[:, : scale.heads], cos[at, None].double(), sin[at, None].double())
-        # The new key and value are read back from the cache, where they were rounded.
-        found = [dense_attention(queries[row : row + 1], batch, row, context - 1)[0] for row in range(rows)]
-        wide = wide + product(torch.cat(found).view(rows, -1), "dense")
-        gate, up = product(_normed(wide, norms[1]), "gate_up").chunk(2, dim=-1)
-        return [(mine, wide), (result, product(F.silu(gate) * up, "down"))]
+    def attend(queries: Tensor, batch: paged.PagedBatch) -> Tensor:
+        return paged.paged_prefill_attention(queries, starts, before, batch, max_count=tokens)[0]
 
-    pool = rows * context * 2 * scale.kv_heads * scale.dim * 2
-    held = sum(num_bytes(*(part for part in pair if part is not None)) for pair in weights[0].values())
-    multiplied = sum(outputs * inputs for outputs, inputs in shapes.values())
+    layer = _layer(bench, kind, tokens, [tokens], attend)
+    slots = torch.arange(tokens, dtype=torch.int32, device=device)
+    layer = replace(layer, slots=slots, rows=torch.zeros_like(slots))
+    pairs = tokens * (tokens + 1) // 2
+    _measure(layer, f"prefill layer, {kind}", {"T": tokens}, [(slice(0, tokens), 0, 0)], pairs=pairs)
+
+
+def _layer(bench: Bench, kind: str, tokens: int, lengths: list[int], attend: Attention) -> Layer:
+    session, scale, compute = bench.session, bench.scale, COMPUTE[kind]
+    shapes = {name: shape for name, shape in scale.matrices.items() if name != "lm_head"}
+    copies = session.copies(sum(outputs * inputs for outputs, inputs in shapes.values()))
+    angles = session.randn(_POSITIONS, scale.dim // 2)
+    positions = session.randint(0, _POSITIONS, (tokens,))
+    return Layer(
+        bench=bench,
+        kind=kind,
+        weights=[{n: kernel_products.weight(bench, kind, *s) for n, s in shapes.items()} for _ in range(copies)],
+        pools=batches(bench, "fp16" if compute is torch.float16 else "bf16", copies, lengths),
+        norms=[session.randn(scale.hidden, dtype=compute) for _ in range(2)],
+        cos=angles.cos().to(compute),
+        sin=angles.sin().to(compute),
+        positions=positions,
+        rows=None,
+        slots=positions,
+        start=session.randn(tokens, scale.hidden, dtype=compute),
+        delta=session.randn(tokens, scale.hidden, dtype=compute, scale=0.1),
+        attend=attend,
+    )
+
+
+def _measure(
+    layer: Layer, name: str, shape: dict[str, int], cached: list[tuple[slice, int, int]], *, pairs: int
+) -> None:
+    bench, tokens = layer.bench, layer.start.shape[0]
+    scale, kind, residual = bench.scale, layer.kind, layer.start.clone()
+    quantises = kind == "fp8" and tokens > matmul.DECODE_ROWS
+    matrices = layer.weights[0].values()
+    held = sum(num_bytes(*(part for part in pair if part is not None)) for pair in matrices)
+    slots = sum(before + tokens_of.stop - tokens_of.start for tokens_of, _, before in cached)
     bench.measure(
         Case(
-            family="matmul", name=f"decode layer, {kind}", dtype=kind, shape={"B": rows, "N": context},
-            call=lambda index: run(index, residual), check=check, copies=copies, bound=BOUNDS[kind],
+            family="matmul", name=name, dtype=kind, shape=shape, copies=len(layer.weights),
+            call=lambda index: layer.run(index, residual), check=lambda: layer.check(cached),
+            bound=FP8_ACTIVATIONS_BOUND if quantises else BOUNDS[kind],
             work=Work(
-                bytes_moved=held + pool,
-                flops=2.0 * rows * multiplied + 4.0 * rows * context * scale.heads * scale.dim,
+                bytes_moved=held + slots * 2 * scale.kv_heads * scale.dim * 2,
+                flops=2.0 * tokens * sum(pair[0].numel() for pair in matrices)
+                + 4.0 * pairs * scale.heads * scale.dim,
+                operands=DType.FP8 if quantises else DType.BF16,
             ),
-            note="nine kernels and what lies between them; intermediate results are not counted as bytes",
+            note="nine kernels and what lies between them; intermediate results are not counted as bytes"
+            + (", attention counts at FP8's rate" if quantises else ""),
         )
     )  # fmt: skip
 

@@ -68,12 +68,14 @@ def items(bench: Bench) -> list[Item]:
     for tokens in (few[0], few[-2], many[-1]):
         planned += _products(bench, "int8", tokens)
     planned += [item for rows in (scale.batches[0], scale.batches[-1]) for item in _layer(bench, "int8", rows)]
+    planned += _prompt(bench, "int8")
     planned += _decode(bench, "fp16", scale.batches[-1], scale.contexts[-1])
     planned += _decode(bench, "fp16", scale.batches[0], scale.contexts[0])
     planned += _prefill(bench, "fp16")
     planned += _round(bench)
     planned += _fused(bench)
     planned += [item for tokens in (many[-1], few[0], few[-2]) for item in _products(bench, "fp8", tokens)]
+    planned += _prompt(bench, "fp8")
     for kind in ("fp16", "fp8"):
         for rows in scale.batches:
             for context in scale.contexts:
@@ -113,6 +115,11 @@ def _layer(bench: Bench, kind: str, rows: int) -> list[Item]:
     context = bench.scale.contexts[0]
     run = partial(kernel_layer.decode_layer, bench, kind, rows, context)
     return [(f"decode layer {kind} B={rows} N={context}", 4.0, run)]
+
+
+def _prompt(bench: Bench, kind: str) -> list[Item]:
+    tokens = bench.scale.tokens[-1]
+    return [(f"prefill layer {kind} T={tokens}", 6.0, partial(kernel_layer.prefill_layer, bench, kind, tokens))]
 
 
 def _prefill(bench: Bench, kind: str) -> list[Item]:
@@ -192,7 +199,7 @@ def _others(rows: list[KernelRow]) -> list[KernelRow]:
             key = f"{row.name} {row.shape['B']}" if row.name.startswith("decode layer") else row.name
             if key not in largest or row.bytes_moved > largest[key].bytes_moved:
                 largest[key] = row
-    ranked = sorted(largest.values(), key=lambda row: ("decode layer" not in row.name, "attention" not in row.name))
+    ranked = sorted(largest.values(), key=lambda row: (" layer," not in row.name, "attention" not in row.name))
     return ranked[:_MOST_ROWS]
 
 
