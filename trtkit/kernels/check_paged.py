@@ -157,8 +157,8 @@ def _gathered(batch: paged.PagedBatch, row: int) -> Tensor:
     if not blocks:
         _, _, heads, _, dim = batch.cache.shape
         return torch.zeros(2, heads, 0, dim, dtype=torch.float64, device=batch.cache.device)
-    whole = torch.cat([batch.cache[block] for block in blocks], dim=2)
-    return whole[:, :, :length].to(torch.float32).to(torch.float64)
+    whole = torch.cat([batch.cache[block].to(torch.float32) for block in blocks], dim=2)
+    return whole[:, :, :length].to(torch.float64)
 
 
 def _logits(queries_THD: Tensor, keys_HND: Tensor) -> Tensor:
