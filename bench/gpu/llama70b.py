@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,14 +53,28 @@ def detect_gpu() -> str:
     Raises:
         UsageError: none, or one the catalog does not know.
     """
+    name = _name_by_nvml() or _name_by_torch()
+    if not name:
+        raise UsageError("no NVIDIA GPU here that NVML or torch can see; --rehearse runs on a CPU, --gpu names one")
+    return gpu_spec(gpu_word(name)).name
+
+
+def _name_by_nvml() -> str:
     try:
         import pynvml
 
         pynvml.nvmlInit()
         name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-    except Exception as error:  # noqa: BLE001 - no library, no driver, no device: the answer is the same
-        raise UsageError(f"no NVIDIA GPU here ({error}); --rehearse runs on a CPU, --gpu names one") from None
-    return gpu_spec(gpu_word(name if isinstance(name, str) else name.decode())).name
+    except Exception:  # noqa: BLE001 - no library, no driver, no device: the answer is the same
+        return ""
+    return name if isinstance(name, str) else name.decode()
+
+
+def _name_by_torch() -> str:
+    """Asked in another process, so that this one never holds a CUDA context."""
+    program = "import torch; print(torch.cuda.get_device_name(0))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else ""
 
 
 def limits_from(path: Path | None, gpu: str) -> Mapping[str, Measured]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 from bench.gpu.forecast import Numbers, cell_numbers, cell_seconds
@@ -110,8 +111,8 @@ def dummy_bundle(directory: Path, plan: BuildPlan) -> Path:
     """An engine directory without weights: opening it makes random ones of the plan's shape."""
     path = directory / f"{plan.name}.engine"
     path.mkdir(parents=True, exist_ok=True)
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_manifest(path, Manifest(plan=plan, fidelity=KVFidelity.EXACT, versions={}, files={}, created_utc=now))
+    manifest = Manifest(plan=plan, fidelity=KVFidelity.EXACT, versions={}, files={}, created_utc=_now())
+    write_manifest(path, manifest)
     return path
 
 
@@ -260,6 +261,7 @@ class _Runner:
         prompts = build_prompts(
             cell.workload, target.plan.model, target.tokenizer_dir, repeats=cell.repeats, warmup=cell.warmup
         )
+        environment = replace(self._outcome.environment, started_utc=_now())
         with PeakSampler(self._gauge) as sampler, ClockSampler(self._clocks) as clocks:
             warm = replace(cell.workload, osl=min(cell.warmup_osl, cell.workload.osl), concurrency=cell.warmup)
             warmup = run_repeat(self._engine, _requests("w", prompts.warmup, warm), warm)
@@ -271,10 +273,14 @@ class _Runner:
         method = self._gauge.method if self._gauge else "none"
         memory = split(self._engine.info, [r.kv for r in (warmup, *repeats)], sampler.peak_bytes, method)
         where = Cell(target=target, workload=cell.workload, path=Path(cell.name))
-        result = assemble(where, tuple(repeats), self._outcome.environment, PROTOCOL)
+        result = assemble(where, tuple(repeats), environment, PROTOCOL)
         reports = clocks.reports()
         extra: tuple[Check, ...] = (clock_check(reports),) if reports else ()
         return judged(replace(result, memory=memory, checks=(*result.checks, *extra)), check_result)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _requests(prefix: str, prompts: Sequence, workload: Workload) -> list[Request]:

@@ -200,6 +200,31 @@ def test_every_row_fits_its_gpu_by_the_plan() -> None:
             assert layout.max_sequences >= 1
 
 
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-sxm"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb-sxm"),
+    ],
+)
+def test_the_drivers_name_of_a_gpu_is_found_in_the_catalog(
+    monkeypatch: pytest.MonkeyPatch, told: str, name: str
+) -> None:
+    monkeypatch.setattr(llama70b, "_name_by_nvml", lambda: "")
+    monkeypatch.setattr(llama70b, "_name_by_torch", lambda: told)
+    assert llama70b.detect_gpu() == name
+
+
+def test_without_a_gpu_the_script_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama70b, "_name_by_nvml", lambda: "")
+    monkeypatch.setattr(llama70b, "_name_by_torch", lambda: "")
+    with pytest.raises(UsageError, match="--rehearse"):
+        llama70b.detect_gpu()
+
+
 def test_unknown_cells_are_refused_with_those_there_are() -> None:
     with pytest.raises(UsageError, match="c1-isl512"):
         table.cell_plan("c2-isl512", table.rehearsal_scale())
