@@ -22,7 +22,7 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import CapacityError, MissingDependencyError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.model import ModelSpec
-from trtkit.spec.plan import Limits
+from trtkit.spec.plan import BuildPlan, Limits
 from trtkit.spec.quant import QuantSpec, quant_for
 from trtkit.spec.units import format_gib
 
@@ -96,6 +96,7 @@ def open_embedded(
         setup = replace(setup, notes=found)
     with _fitting("the weights"):
         if plan.load_format == "dummy":
+            _check_room(plan, setup.device)
             quant = plan.quant if compute is None else quant_for(plan.quant.precision, compute=compute)
             weights = dummy_weights(plan.model, quant, device=setup.device)
         else:
@@ -242,6 +243,17 @@ def _check_device(device: str) -> None:
         raise MissingDependencyError(f"device {device!r}: no CUDA device here; use device 'cpu'")
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
+
+
+def _check_room(plan: BuildPlan, device: str) -> None:
+    """Refuse random weights that memory cannot hold: on a CPU nobody else would before the machine swaps."""
+    needed = plan.model.num_params * plan.quant.weights.bits // 8
+    free = _available_bytes(device)
+    if needed > free:
+        raise CapacityError(
+            f"{plan.name}: random weights of {plan.model.name} take {format_gib(needed)} in {plan.quant.precision}, "
+            f"{device} has {format_gib(free)} free; open it on a larger device, or build a smaller model"
+        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from trtkit.engine.weights import weights_from_tensors
 from trtkit.spec.bundle import EngineBundle, Manifest
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Request
-from trtkit.spec.errors import UnsupportedError
+from trtkit.spec.errors import CapacityError, UnsupportedError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.quant import quant_for
@@ -119,3 +119,9 @@ def test_the_bundle_takes_the_same_overrides_as_one_with_weights(tmp_path: Path)
         events = list(engine.generate([Request(request_id="a", prompt_ids=(5,) * 40, max_tokens=20, ignore_eos=True)]))
     assert len(events) == 20
     assert events[-1].error is None
+
+
+def test_random_weights_larger_than_memory_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    plan = replace(_plan("int8"), model=replace(MODEL, vocab_size=1 << 40))
+    with pytest.raises(CapacityError, match=r"random weights of tiny take .* free"):
+        open_embedded(_bundle(tmp_path, plan))
