@@ -430,3 +430,45 @@ def test_every_kernel_is_right_when_its_public_function_calls_it(tmp_path):
     data = json.loads(out.read_text(encoding="utf-8"))["data"]
     assert {row["runs"] for row in data["rows"]} == {"triton"}
     assert [(row["name"], row["shape"], row["error"]) for row in data["rows"] if not row["ok"]] == []
+
+
+class PretendedNvml(types.SimpleNamespace):
+    """What `clocks` asks of NVML; temperature is not supported here, as on some cards."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self):  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
+        return f"gpu {index}"
+
+    def nvmlDeviceGetClockInfo(self, _, kind):  # noqa: N802
+        return {1: 1755, 2: 2619}[kind]
+
+    def nvmlDeviceGetMaxClockInfo(self, *_):  # noqa: N802
+        return 1980
+
+    def nvmlDeviceGetTemperature(self, *_):  # noqa: N802
+        raise self.NVMLError("not supported")
+
+    def nvmlDeviceGetPowerUsage(self, _):  # noqa: N802
+        return 650_500
+
+
+@pytest.mark.parametrize(
+    "name", ["nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"]
+)
+def test_clocks_are_read_from_old_and_new_drivers(monkeypatch, name):
+    nvml = PretendedNvml()
+    setattr(nvml, name, lambda _: 0x04 | 0x80)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert common.clocks() == common.Clocks(
+        sm_mhz=1755, sm_max_mhz=1980, memory_mhz=2619, power_w=650.5, reasons=("power cap", "power brake")
+    )
+    monkeypatch.setattr(nvml, "nvmlInit", nvml.nvmlDeviceGetTemperature)
+    assert common.clocks() == common.Clocks()
