@@ -125,6 +125,10 @@ def test_bench_reports_what_the_workers_evicted(fake: pytest.MonkeyPatch, tmp_pa
     assert all((repeat.kv.evictions or 0) > 10 for repeat in record.repeats)
     (acted,) = [check for check in record.checks if check.name == "kv_policy_acted"]
     assert acted.status == "pass"
+    handicaps = [check.detail for check in record.checks if check.name == "engine_as_built"]
+    assert [line.partition(": ")[2].split(" (")[0] for line in handicaps] == [
+        "CUDA graphs are off", "the overlap scheduler is off",
+    ]  # fmt: skip
 
 
 def release(fake: pytest.MonkeyPatch, version: str, folder: Path) -> None:

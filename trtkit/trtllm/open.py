@@ -13,14 +13,14 @@ from typing import Any
 
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.checkpoint import checkpoint_tensors
-from trtkit.spec.errors import EngineError, UsageError
+from trtkit.spec.errors import EngineError, TrtkitError, UsageError
 from trtkit.spec.kv import KVFidelity, KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits
 from trtkit.trtllm.counters import EvictionCounters
 from trtkit.trtllm.engine_build import ENGINE_DIR, check_engine
 from trtkit.trtllm.installed import Installation, installation_here
 from trtkit.trtllm.lower import llm_arguments
-from trtkit.trtllm.policies import with_policy
+from trtkit.trtllm.policies import handicaps, with_policy
 from trtkit.trtllm.requirements import require_runtime, require_target
 from trtkit.trtllm.runtime import LlmEngine, Native
 
@@ -91,14 +91,16 @@ def _open(
     api = importlib.import_module("tensorrt_llm.llmapi")
     counters = EvictionCounters() if plan.target == "pytorch" and not plan.kv.is_full else None
 
-    def open_llm(scoring: bool) -> Native:
-        ours = with_policy(
+    def plain_arguments(scoring: bool) -> dict[str, Any]:
+        return with_policy(
             plan,
             llm_arguments(plan, scoring=scoring),
             pin_prompt=fidelity is KVFidelity.GENERATED_ONLY,
             counters_dir=None if counters is None else counters.directory,
         )
-        arguments = native_arguments(ours, api)
+
+    def open_llm(scoring: bool) -> Native:
+        arguments = native_arguments(plain_arguments(scoring), api)
         _check_arguments(arguments, plan, found)
         try:
             llm: Native = llm_class(str(model), **arguments)
@@ -111,7 +113,13 @@ def _open(
         sum(tensor.num_bytes for tensor in checkpoint_tensors(plan.model, plan.quant, plan.parallel, pp_rank=stage))
         for stage in range(plan.parallel.pp)
     )
-    return LlmEngine(plan, open_llm, api.SamplingParams, weight_bytes=weights, counters=counters)
+    try:
+        notes = handicaps(plan, plain_arguments(scoring=False))
+    except TrtkitError:
+        if counters is not None:
+            counters.close()
+        raise
+    return LlmEngine(plan, open_llm, api.SamplingParams, weight_bytes=weights, counters=counters, notes=notes)
 
 
 def native_arguments(arguments: Mapping[str, Any], api: Any) -> dict[str, Any]:  # noqa: ANN401 - tensorrt_llm.llmapi

@@ -7,6 +7,7 @@ A package that can carry a policy out there registers a `PolicyAdapter` under th
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,6 +88,25 @@ def with_policy(
     for name, value in ours.items():
         merged[name] = {**merged[name], **value} if isinstance(value, dict) and name in merged else value
     return merged
+
+
+def handicaps(plan: BuildPlan, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """What TensorRT-LLM does without because of the plan's policy, in lines to keep beside every number.
+
+    `arguments` are those `with_policy` gave.
+    """
+    if plan.target != "pytorch" or plan.kv.is_full:
+        return ()
+    capacity = arguments.get("scheduler_config", {}).get("capacity_scheduler_policy")
+    found = (
+        (arguments.get("cuda_graph_config", True) is None, "CUDA graphs are off"),
+        (arguments.get("disable_overlap_scheduler", False), "the overlap scheduler is off"),
+        (
+            capacity == "GUARANTEED_NO_EVICT",
+            "blocks are reserved in full (GUARANTEED_NO_EVICT), so what eviction frees admits no further request",
+        ),
+    )
+    return tuple(f"KV policy {plan.kv.label}: {line}" for applies, line in found if applies)
 
 
 def pool_tokens(plan: BuildPlan) -> int | None:

@@ -61,6 +61,7 @@ class LlmEngine:
         *,
         weight_bytes: int,
         counters: EvictionCounters | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         """Open it.
 
@@ -70,12 +71,13 @@ class LlmEngine:
             sampling_class: TensorRT-LLM's `SamplingParams`.
             weight_bytes: of one rank, by the checkpoint's arithmetic.
             counters: where the workers of `open_llm` tell what they evict; closed with the engine.
+            notes: what it does without, see `EngineInfo.notes`.
         """
         self._plan = plan
         self._open_llm = open_llm
         self._sampling_class = sampling_class
         self._weight_bytes = weight_bytes
-        self._counters = counters
+        self._counters, self._notes = counters, notes
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="trtllm-loop", daemon=True)
         self._thread.start()
@@ -118,6 +120,7 @@ class LlmEngine:
             kv_pool_bytes=stats.blocks_total * stats.block_bytes,
             kv_policy=self._plan.kv,
             eos_ids=self._plan.model.eos_ids,
+            notes=self._notes,
         )
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[TokenEvent]:

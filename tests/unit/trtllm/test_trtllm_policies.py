@@ -15,7 +15,7 @@ from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.trtllm import policies
-from trtkit.trtllm.policies import adapter_names, check_adapter, pool_tokens, with_policy
+from trtkit.trtllm.policies import adapter_names, check_adapter, handicaps, pool_tokens, with_policy
 
 
 class Adapter:
@@ -72,6 +72,18 @@ def test_an_adapter_is_asked_before_anything_starts() -> None:
     assert check_adapter(plan("h2o:50%", limits=limits)) == ("pool of 1000",)
     with pytest.raises(UnsupportedError, match="no pipelines"):
         check_adapter(plan("h2o:50%", parallel=Parallelism(pp=2)))
+
+
+def test_what_a_policy_costs_the_runtime_is_said_in_lines() -> None:
+    off = {"cuda_graph_config": None, "disable_overlap_scheduler": True}
+    reserved = {"scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"}}
+    assert handicaps(plan("h2o:64"), off | reserved) == (
+        "KV policy h2o:budget=64: CUDA graphs are off", "KV policy h2o:budget=64: the overlap scheduler is off",
+        "KV policy h2o:budget=64: blocks are reserved in full (GUARANTEED_NO_EVICT), so what eviction frees admits no "
+        "further request",
+    )  # fmt: skip
+    assert handicaps(plan("h2o:64"), {"scheduler_config": {"capacity_scheduler_policy": "MAX_UTILIZATION"}}) == ()
+    assert handicaps(plan("full"), off | reserved) == ()
 
 
 def test_a_pool_of_its_own_size_is_what_weights_and_the_runtime_leave() -> None:
