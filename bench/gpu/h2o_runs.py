@@ -253,7 +253,6 @@ class _Row:
     """As much of a row as cutting it needs."""
 
     sequence: EngineSequence
-    start: int
     count: int
     position: int
     cached: int
@@ -273,7 +272,6 @@ def _replay_feed(feed: Feed, scheduler: Scheduler, rules: EvictionRules) -> None
     if policy is not None and feed.count > 1:
         row = _Row(
             sequence=sequence,
-            start=0,
             count=feed.count,
             position=position,
             cached=before,

@@ -25,10 +25,6 @@ class StepRow(Protocol):
         """Whose tokens these are."""
 
     @property
-    def start(self) -> int:
-        """Its first token's place among the step's tokens."""
-
-    @property
     def count(self) -> int:
         """Tokens it feeds."""
 
