@@ -15,9 +15,13 @@ from trtkit.backends import open_engine
 from trtkit.backends.build import build_engine
 from trtkit.backends.recipe import BuildOptions, make_plan
 from trtkit.backends.verify import MAX_DRIFT
+from trtkit.engine.open import open_checkpoint
 from trtkit.spec.bundle import EngineBundle
-from trtkit.spec.engine import Request
+from trtkit.spec.engine import Engine, Request
 from trtkit.spec.errors import EngineError, UnsupportedError, UsageError
+from trtkit.spec.plan import Limits
+from trtkit.spec.quant import quant_for
+from trtkit.trtllm.convert import convert
 from trtkit.trtllm.installed import installation
 from trtkit.trtllm.requirements import PACKING_FUNCTION
 
@@ -58,15 +62,19 @@ def build(out: Path, source: Path = TINY, *, calib_text: str | None = None, **op
 
 
 def tokens(bundle: EngineBundle) -> list[list[int | None]]:
+    with open_engine(bundle.path) as engine:
+        return generated(engine)
+
+
+def generated(engine: Engine) -> list[list[int | None]]:
     requests = [
         Request(request_id=str(i), prompt_ids=tuple(range(5 + i, 25 + i)), max_tokens=8, ignore_eos=True)
         for i in range(3)
     ]
     found: dict[str, list[int | None]] = {request.request_id: [] for request in requests}
-    with open_engine(bundle.path) as engine:
-        for event in engine.generate(requests):
-            assert event.error is None, event.error
-            found[event.request_id].append(event.token_id)
+    for event in engine.generate(requests):
+        assert event.error is None, event.error
+        found[event.request_id].append(event.token_id)
     return list(found.values())
 
 
@@ -86,8 +94,10 @@ def test_gptq_groups_reach_the_engine_as_they_are(
         assert (packed.get_shape(), packed.get_dtype()) == ([192, 64], "F16")
     assert not (bundle.path / "checkpoint.plain").exists()
     # The same numbers in 16 bits, by the same engine: GPTQ's eight bits times a float16 scale.
-    plain = build(tmp_path, gptq["groups"], precision="fp16", name="plain")
-    assert tokens(bundle) == tokens(plain)
+    convert(gptq["groups"], tmp_path / "plain", quant=quant_for("fp16"))
+    limits = Limits(max_batch_size=4, max_num_tokens=64, max_seq_len=64, tokens_per_block=8)
+    with open_checkpoint(tmp_path / "plain", limits=limits) as engine:
+        assert generated(engine) == tokens(bundle)
 
 
 def test_a_killed_packing_keeps_the_verified_conversion(
@@ -132,6 +142,13 @@ def test_a_model_that_gptq_has_not_touched_is_refused_before_the_download(
     with pytest.raises(UnsupportedError, match="takes a model that GPTQ has quantised"):
         build(tmp_path, precision="int8-gptq")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_int8_cache_is_not_calibrated_on_gptq_weights(
+    fake: pytest.MonkeyPatch, tmp_path: Path, gptq: dict[str, Path], text: str
+) -> None:
+    with pytest.raises(UnsupportedError, match="this model is GPTQ; use --kv-dtype fp8"):
+        build(tmp_path, gptq["rows"], precision="int8-gptq", kv_dtype="int8", calib_text=text)
 
 
 def test_gptq_rows_are_taken_over_by_the_pytorch_backend_and_groups_are_not(

@@ -19,6 +19,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from trtkit.backends.calibrated import ALGOS
 from trtkit.backends.fit import check_fit
 from trtkit.backends.model_source import ModelSource
 from trtkit.spec.atomic import output_errors, write_text
@@ -34,14 +35,16 @@ from trtkit.spec.bundle import (
 )
 from trtkit.spec.checkpoint import CONFIG_NAME
 from trtkit.spec.codec import canonical_json, digest
-from trtkit.spec.directory import absolute, check_free, publish, working_directory
-from trtkit.spec.errors import InputError, OutputError
+from trtkit.spec.directory import LOCK_NAME, absolute, check_free, publish, working_directory
+from trtkit.spec.dtype import DType
+from trtkit.spec.errors import InputError, OutputError, UsageError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.trtllm.capabilities import check_plan, kv_fidelity
 from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.gptq import taken_over as gptq_note
+from trtkit.trtllm.modelopt import modelopt_version
 from trtkit.trtllm.policies import check_adapter
 from trtkit.trtllm.requirements import require_builder_device, require_packing, require_target
 from trtkit.version import __version__
@@ -118,6 +121,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
 
     Raises:
         UnsupportedError: the target cannot do what the plan asks.
+        UsageError: something is to be calibrated and no text was given.
         CapacityError: weights and the least KV cache do not fit the device.
         InputError: the source is damaged or incomplete, or the finished engine does not compute what it should.
         MissingDependencyError: the target's packages are not installed.
@@ -133,11 +137,12 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     if plan.target == "tensorrt":
         require_builder_device(plan)
         require_packing(plan)
+    calibration = _calibration(plan, calib_text)
     if plan.load_format == "dummy":
         return _build_dummy(BuildJob(plan=plan, source_dir=path, directory=path, fidelity=fidelity), path)
     source_dir = source if isinstance(source, Path) else source.fetch()
     with working_directory(path) as partial:
-        _keep_only_same_build(partial, plan, source_dir, calib_text)
+        _keep_only_same_build(partial, plan, source_dir, calibration)
         job = BuildJob(
             plan=plan,
             source_dir=source_dir,
@@ -146,7 +151,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
             calib_text=calib_text,
             progress=progress,
         )
-        job.versions.update(_weights_note(plan, source_dir))
+        job.versions.update(calibration | _weights_note(plan, source_dir))
         builder(job)
         with job.phase("manifest"):
             files = {str(file.relative_to(partial)): file_entry(file) for file in bundle_files(partial)}
@@ -222,28 +227,40 @@ def builder_of(target: str) -> Callable[[BuildJob], None]:
     return builder
 
 
-def calibration_note(calib_text: Path) -> str:
-    """What a calibration was made on.
+def is_calibrated(plan: BuildPlan) -> bool:
+    """Whether scales of the plan are found by running the model on text."""
+    return plan.quant.algo in ALGOS or plan.quant.kv is DType.INT8
+
+
+def _calibration(plan: BuildPlan, calib_text: Path | None) -> dict[str, str]:
+    """What a calibration is made with and on, for the manifest; empty where there is none.
 
     Raises:
         InputError: the text cannot be read.
+        MissingDependencyError: ModelOpt is not installed.
+        UsageError: no text was given.
     """
+    if not is_calibrated(plan):
+        return {}
+    what = f"precision {plan.quant.precision}" if plan.quant.algo in ALGOS else "an int8 KV cache"
+    if calib_text is None:
+        raise UsageError(f"{plan.name}: {what} is calibrated on text: give --calib-text FILE")
     try:
-        return f"{calib_text.name} sha256:{file_entry(calib_text).sha256}"
+        made_on = f"{calib_text.name} sha256:{file_entry(calib_text).sha256}"
     except OSError as error:
         raise InputError(f"{calib_text}: cannot be read as text ({error.strerror or error})") from None
+    with_modelopt = {"nvidia-modelopt": modelopt_version(plan.quant)} if plan.quant.algo in ALGOS else {}
+    return {"calibration": made_on, **with_modelopt}
 
 
-def _keep_only_same_build(partial: Path, plan: BuildPlan, source_dir: Path, calib_text: Path | None) -> None:
-    """Clear what a build of another plan, another source or another calibration left behind.
+def _keep_only_same_build(partial: Path, plan: BuildPlan, source_dir: Path, calibration: Mapping[str, str]) -> None:
+    """Clear what a build of another plan, another source or another calibration left behind, its notes included.
 
     Raises:
-        InputError: the calibration text cannot be read.
         OutputError: the directory holds something that no build left.
     """
     stat = {f.name: (f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(source_dir.iterdir()) if f.is_file()}
-    text = None if calib_text is None else calibration_note(calib_text)
-    made_of = {"plan": plan, "source": str(source_dir.absolute()), "files": stat, "calibration": text}
+    made_of = {"plan": plan, "source": str(source_dir.absolute()), "files": stat, "calibration": dict(calibration)}
     wanted = digest(made_of | {"trtkit": __version__})
     note = partial / _PLAN_NAME
     left = [entry for entry in partial.iterdir() if not entry.name.startswith(".")]
@@ -252,7 +269,7 @@ def _keep_only_same_build(partial: Path, plan: BuildPlan, source_dir: Path, cali
     if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == wanted:
         return
     with output_errors(partial):
-        for entry in left:
+        for entry in [entry for entry in partial.iterdir() if entry.name not in (LOCK_NAME, _PLAN_NAME)]:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     write_text(note, canonical_json(wanted))
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trtkit.backends.build import BuildJob, calibration_note, copy_tokenizer
+from trtkit.backends.build import BuildJob, copy_tokenizer
 from trtkit.backends.calibrated import ALGOS, Stored, check_steps
 from trtkit.backends.reference import (
     linear_rounding,
@@ -25,13 +25,12 @@ from trtkit.backends.reference import (
 from trtkit.backends.verify import judged, layers_to_run, taken_over
 from trtkit.spec.atomic import output_errors, write_text
 from trtkit.spec.directory import check_space
-from trtkit.spec.errors import UsageError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.quant import QuantSpec
 from trtkit.spec.units import GIB
 from trtkit.trtllm.layout import is_linear, source_shapes
 from trtkit.trtllm.lower import llm_arguments
-from trtkit.trtllm.modelopt import CALIBRATED, SCALES, dequantised, modelopt_version, read_windows, write_quantised
+from trtkit.trtllm.modelopt import CALIBRATED, SCALES, dequantised, read_windows, write_quantised
 from trtkit.trtllm.unified import write_unified
 
 if TYPE_CHECKING:
@@ -48,16 +47,8 @@ def build_pytorch(job: BuildJob) -> None:
     Raises:
         InputError: the source is damaged, or what was written does not compute what the source does.
         OutputError: the disk is full or too small.
-        UsageError: the precision needs calibration and no text was given.
     """
     plan, checkpoint = job.plan, job.directory / "checkpoint"
-    if plan.quant.algo in CALIBRATED:
-        if job.calib_text is None:
-            raise UsageError(
-                f"{plan.name}: precision {plan.quant.precision} is calibrated on text: give --calib-text FILE"
-            )
-        job.versions["nvidia-modelopt"] = modelopt_version(plan.quant)
-        job.versions["calibration"] = calibration_note(job.calib_text)
     if not checkpoint.is_dir():
         with job.phase("convert"):
             writing = job.directory / _WRITING

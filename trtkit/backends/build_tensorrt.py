@@ -10,21 +10,21 @@ import json
 import shutil
 from pathlib import Path
 
-from trtkit.backends.build import BuildJob, calibration_note, copy_tokenizer
+from trtkit.backends.build import BuildJob, copy_tokenizer, is_calibrated
 from trtkit.backends.calibrated import ALGOS
-from trtkit.backends.reference import plain_source
 from trtkit.backends.verify import verify
 from trtkit.spec.atomic import output_errors, write_text
 from trtkit.spec.checkpoint import CONFIG_NAME
 from trtkit.spec.directory import check_space
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import UsageError
+from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.quant import GPTQ_INT8
 from trtkit.trtllm.convert import convert
 from trtkit.trtllm.engine_build import ENGINE_DIR, LOG_NAME, run_trtllm_build, timing_cache
+from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.installed import installation
 from trtkit.trtllm.lower import llm_arguments
-from trtkit.trtllm.modelopt import cache_scales, modelopt_version, read_windows, write_engine_checkpoint
+from trtkit.trtllm.modelopt import cache_scales, read_windows, write_engine_checkpoint
 from trtkit.trtllm.pack import pack_checkpoint
 from trtkit.trtllm.stored import stored_quant, stored_tensors
 
@@ -42,32 +42,17 @@ def build_tensorrt(job: BuildJob) -> None:
         EngineError: `trtllm-build` failed; a later run continues with it.
         InputError: the source is damaged, or the checkpoint does not compute what the source does.
         OutputError: the disk is full or too small.
-        UsageError: something is to be calibrated and no text was given.
+        UnsupportedError: an int8 KV cache for GPTQ weights, or a model that ModelOpt cannot write.
     """
     plan, checkpoint = job.plan, job.directory / "checkpoint"
-    _check_calibration(job)
     if not (checkpoint / CONFIG_NAME).is_file():
         _make_checkpoint(job, checkpoint)
     copy_tokenizer(job.source_dir, job.directory / "tokenizer")
+    _verify_once(job, checkpoint)
     if not (job.directory / ENGINE_DIR).is_dir():
-        _verify_once(job, checkpoint)
         with job.phase("trtllm-build"):
             _compile(job)
-    else:
-        _verify_once(job, checkpoint)
     write_text(job.directory / LLM_ARGUMENTS, json.dumps(llm_arguments(plan), indent=2) + "\n")
-
-
-def _check_calibration(job: BuildJob) -> None:
-    quant = job.plan.quant
-    what = f"precision {quant.precision}" if quant.algo in ALGOS else "an int8 KV cache"
-    if quant.algo not in ALGOS and quant.kv is not DType.INT8:
-        return
-    if job.calib_text is None:
-        raise UsageError(f"{job.plan.name}: {what} is calibrated on text: give --calib-text FILE")
-    job.versions["calibration"] = calibration_note(job.calib_text)
-    if quant.algo in ALGOS:
-        job.versions["nvidia-modelopt"] = modelopt_version(quant)
 
 
 def _make_checkpoint(job: BuildJob, checkpoint: Path) -> None:
@@ -88,12 +73,17 @@ def _make_checkpoint(job: BuildJob, checkpoint: Path) -> None:
 def _write_weights(job: BuildJob, output: Path) -> None:
     plan = job.plan
     windows = []
-    if job.calib_text is not None and (plan.quant.algo in ALGOS or plan.quant.kv is DType.INT8):
+    if is_calibrated(plan):
+        assert job.calib_text is not None
         windows = read_windows(job.source_dir, job.calib_text)
-    kv_scale: tuple[float, ...] | None = None
+    kv_scale = None
     if plan.quant.kv is DType.INT8:
-        with plain_source(job.source_dir, plan.model.num_layers) as source:
-            kv_scale = cache_scales(source, windows)
+        if read_gptq_config(job.source_dir) is not None:
+            raise UnsupportedError(
+                f"{plan.name}: an int8 KV cache is calibrated with transformers on 16-bit weights, this model is GPTQ; "
+                "use --kv-dtype fp8 or a 16-bit KV cache"
+            )
+        kv_scale = cache_scales(job.source_dir, windows)
     if plan.quant.algo not in ALGOS:
         convert(
             job.source_dir,

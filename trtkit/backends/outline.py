@@ -6,14 +6,12 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtkit.backends.build import engine_path
+from trtkit.backends.build import engine_path, is_calibrated
 from trtkit.backends.build_time import expected_seconds, in_words
-from trtkit.backends.calibrated import ALGOS
 from trtkit.backends.fit import Sizes, check_fit, memory_table
 from trtkit.spec.bundle import MANIFEST_NAME, EngineBundle
 from trtkit.spec.checkpoint import rank_file
 from trtkit.spec.directory import partial_directory
-from trtkit.spec.dtype import DType
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.measured import Measured
 from trtkit.spec.plan import BuildPlan
@@ -58,7 +56,7 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
     check_plan(plan)
     notes = check_adapter(plan)
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
-    if plan.target != "embedded" and (plan.quant.algo in ALGOS or plan.quant.kv is DType.INT8):
+    if is_calibrated(plan):
         notes = (*notes, "calibrated on text: the build needs --calib-text FILE")
     if plan.load_format == "dummy":
         return _dummy_outline(plan, out_dir, found, fidelity)

@@ -14,11 +14,13 @@ from trtkit.backends import build as build_module
 from trtkit.backends import verify as verify_module
 from trtkit.backends.build import build_engine
 from trtkit.backends.fit import check_fit, sizes
+from trtkit.backends.model_source import ModelSource
 from trtkit.backends.outline import outline, render
 from trtkit.backends.recipe import DEFAULT_MODEL, BuildOptions, engine_name, load_recipe, make_plan, parse_bytes
 from trtkit.plan.memory import Placement, plan_memory
 from trtkit.spec.bundle import open_bundle
 from trtkit.spec.catalog import gpu_spec, model_preset
+from trtkit.spec.dtype import DType
 from trtkit.spec.errors import CapacityError, InputError, MissingDependencyError, OutputError, UsageError
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
@@ -206,22 +208,32 @@ def test_a_build_interrupted_after_conversion_does_not_convert_again(
     assert "convert" not in build_engine(plan, tmp_path / "m", tmp_path / "builds").manifest.phases_s
 
 
-def test_what_another_calibration_left_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: object) -> dict[str, float]:
-        raise KeyboardInterrupt
-
+@pytest.mark.parametrize("same", [True, False])
+def test_what_another_calibration_left_is_cleared_with_its_notes(tmp_path: Path, same: bool) -> None:
     write_model(tmp_path / "m")
     plan = plan_of(tmp_path / "m")
-    for name in ("a", "b"):
-        (tmp_path / name).write_text(name)
-    monkeypatch.setattr(verify_module, "verify", killed)
-    with pytest.raises(KeyboardInterrupt):
-        build_engine(plan, tmp_path / "m", tmp_path / "builds", calib_text=tmp_path / "a")
-    monkeypatch.setattr(verify_module, "verify", no_verification)
-    bundle = build_engine(plan, tmp_path / "m", tmp_path / "builds", calib_text=tmp_path / "b")
-    assert "convert" in bundle.manifest.phases_s
-    with pytest.raises(InputError, match="cannot be read as text"):
-        build_engine(plan, tmp_path / "m", tmp_path / "more", calib_text=tmp_path / "none")
+    (tmp_path / "p").mkdir()
+    build_module._keep_only_same_build(tmp_path / "p", plan, tmp_path / "m", {"calibration": "a"})
+    for name in ("checkpoint", ".verified.json", ".lock"):
+        (tmp_path / "p" / name).write_text("")
+    build_module._keep_only_same_build(tmp_path / "p", plan, tmp_path / "m", {"calibration": "a" if same else "b"})
+    left = {path.name for path in (tmp_path / "p").iterdir()}
+    assert left == {".lock", ".plan.json"} | ({"checkpoint", ".verified.json"} if same else set())
+
+
+def test_calibration_text_is_asked_for_and_read_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_module, "builder_of", lambda _: None)
+    monkeypatch.setattr(build_module, "require_builder_device", lambda _: None)
+    source = ModelSource(model=model_preset("llama-3-70b"), hub_id="never/fetched")
+    int8_cache = big_plan(quant=quant_for("int8", kv=DType.INT8))
+    for plan, what in ((big_plan(quant=quant_for("fp8")), "precision fp8"), (int8_cache, "int8 KV cache")):
+        with pytest.raises(UsageError, match=f"{what} is calibrated on text"):
+            build_engine(plan, source, tmp_path / "builds")
+        with pytest.raises(InputError, match="cannot be read as text"):
+            build_engine(plan, source, tmp_path / "builds", calib_text=tmp_path / "none")
+    assert not (tmp_path / "builds").exists()
 
 
 def test_what_another_plan_left_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
