@@ -174,6 +174,8 @@ class DeviceEviction:
             return (Segment(start=0, count=row.count, cached_before=row.cached),)
         segments = cut(row, watched.policy.budget)
         watched.lay_out(segments, row.position)
+        # Only the first segment finds all layers alike, so its slots are listed in all of them at once.
+        self._scores.open(watched, ALL, row.cached, row.position, segments[0].count)
         return segments
 
     def after_segment(self, layer: int, row: StepRow, segment: Segment, q_THD: Tensor, lse_TH: Tensor) -> None:
@@ -192,7 +194,8 @@ class DeviceEviction:
         if watched.unlisted:
             self._scores.flush(watched, row.table, row.position)
         layers, first = slice(layer, layer + 1), row.position + segment.start
-        self._scores.open(watched, layers, segment.cached_before, first, segment.count)
+        if segment.start:
+            self._scores.open(watched, layers, segment.cached_before, first, segment.count)
         queries = watched.policy.watch.queries
         if queries == "all":
             self._scores.add(watched, layers, (q_THD[None], lse_TH[None]), row.table, segment.live, first)
