@@ -31,10 +31,11 @@ def keep_best(scores: Tensor, positions: Tensor, num_tokens: int, *, tokens: int
     if rows == 0 or tokens == 0:
         return kept
     chunk = triton.next_power_of_2(length) if length <= _IN_REGISTERS else _CHUNK
+    per_thread = _PER_THREAD if length <= chunk else _PER_THREAD // 2
     _keep_best[(rows,)](
         scores, positions, kept, scores.stride(0), positions.stride(0),
         length, num_tokens - recent, sinks, tokens,
-        CHUNK=chunk, ONE_CHUNK=length <= chunk, num_warps=max(1, min(32, chunk // (32 * _PER_THREAD))),
+        CHUNK=chunk, ONE_CHUNK=length <= chunk, num_warps=max(1, min(32, chunk // (32 * per_thread))),
     )  # fmt: skip
     return kept
 

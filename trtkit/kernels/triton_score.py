@@ -55,10 +55,10 @@ def score_layers(
 
 
 _CONFIGS = [
-    triton.Config({"TILE": 128, "QUERIES": 64}, num_warps=8, num_stages=3),
+    triton.Config({"TILE": 128, "QUERIES": 64}, num_warps=4, num_stages=3),
     triton.Config({"TILE": 64, "QUERIES": 16}, num_warps=4, num_stages=4),
 ]
-"""One for Hopper, and one for who must multiply in registers or in fp32: a round of eviction waits for no tuning."""
+"""One for Hopper, and one where products need registers (older GPUs, fp32): a round of eviction waits for no tuning."""
 _FREE = [
     "count", "length", "carry", "places", "lse_places", "blocks", "stride_position", "stride_position_head", "stride_out",
     "stride_out_head",
@@ -85,9 +85,9 @@ def _score(
     dim = tl.arange(0, DIM_PAD)
     at = layer * blocks * (2 * HEADS * BLOCK * DIM) + key_offsets(table, first, length, head, HEADS, BLOCK, DIM, TILE)
     key = tl.load(cache + at[:, None] + dim[None, :], mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
-    key = as_product(key, DOT)
+    key = tl.trans(as_product(key, DOT))
     position = tl.load(positions + layer * stride_position + head * stride_position_head + slot, mask=live, other=0)
-    received = tl.zeros([TILE, QUERIES], tl.float32)
+    received = tl.zeros([QUERIES, TILE], tl.float32)
     # Rows run over (query, head of the group) together, so that a group shares the tile of keys.
     for first_row in range(0, count * GROUP, QUERIES):
         row = first_row + tl.arange(0, QUERIES)
@@ -101,10 +101,10 @@ def _score(
         normal = tl.load(lse + layer * lse_places * (HEADS * GROUP) + column, mask=valid, other=0.0)
         weight = tl.load(weights + index, mask=valid, other=0.0)  # a row that is not there counts nothing
         seen = tl.load(asked + index, mask=valid, other=0)
-        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
-        share = tl.exp2(logits * scale - (normal * 1.4426950408889634)[None, :]) * weight[None, :]
-        received += tl.where(position[:, None] <= seen[None, :], share, 0.0)
-    mass = tl.sum(received, 1)
+        logits = tl.dot(query, key, input_precision="tf32x3")
+        share = tl.exp2(logits * scale - (normal * 1.4426950408889634)[:, None])
+        received += tl.where(position[None, :] <= seen[:, None], share, 0.0) * weight[:, None]
+    mass = tl.sum(received, 0)
     place = out + layer * stride_out + head * stride_out_head + slot
     if CARRY:
         mass += carry * tl.load(place, mask=live, other=0.0)

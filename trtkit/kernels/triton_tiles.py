@@ -71,12 +71,13 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constant
     known = {**arguments, **constants}
     slot_bytes = known["SIDES"] * known["DIM_PAD"] * known["cache"].element_size()
     hopper = int(triton.runtime.driver.active.get_current_target().arch) >= 90
-    most = _LOGITS_PER_WARP[hopper, known["DOT"] == tl.float32]
+    wide = known["DOT"] == tl.float32
+    most, longest = _LOGITS_PER_WARP[hopper, wide], 64 if wide else 128
 
     def fits(config: triton.Config) -> bool:
         # Half of the stages hold block tables, see `key_offsets`.
         staged_bytes = max(1, (config.num_stages - 1) // 2) * config.kwargs["TILE"] * slot_bytes
-        return staged_bytes <= _STAGED_BYTES and _logits_per_warp(config) <= most
+        return config.kwargs["TILE"] <= longest and staged_bytes <= _STAGED_BYTES and _logits_per_warp(config) <= most
 
     fit = [one for one in configs if fits(one)] or [min(configs, key=_logits_per_warp)]
     largest = max(map(_logits_per_warp, fit))
@@ -108,13 +109,22 @@ def key_offsets(
     """Elements from the start of a layer to the keys of the slots `first` + [0, TILE) below `end`, int64 [TILE].
 
     `first` is a multiple of TILE. Triton stages the table as it stages the keys that hang on it, so of `num_stages`
-    only every second one holds keys: 5 stages keep two tiles of keys in flight, 7 keep three.
+    only every second one holds keys: 5 stages keep two tiles of keys in flight, 7 keep three. Few table entries are
+    loaded one by one: from a table loaded as a tensor Triton 3.6 makes code around which ptxas waits for every
+    single tensor-core instruction of prefill (its remark C7515), and a fifth more instructions in decode.
     """
     lane = tl.arange(0, TILE)
     if BLOCK % TILE == 0:
-        # The tile lies inside one block: one table entry for all of it.
+        # The tile lies inside one block.
         block = tl.load(table + first // BLOCK).to(tl.int64)
         return (block * (2 * HEADS) + head) * (BLOCK * DIM) + (first % BLOCK) * DIM + lane * DIM
+    elif (TILE % BLOCK == 0) & (TILE // BLOCK <= 8):
+        column = table + first // BLOCK
+        block = tl.load(column) + lane * 0
+        for index in tl.static_range(1, TILE // BLOCK):
+            found = tl.load(column + index, mask=first + index * BLOCK < end, other=0)
+            block = tl.where(lane >= index * BLOCK, found, block)
+        return (block.to(tl.int64) * (2 * HEADS) + head) * (BLOCK * DIM) + (lane % BLOCK) * DIM
     else:
         slot = first + lane
         block = tl.load(table + slot // BLOCK, mask=slot < end, other=0).to(tl.int64)
