@@ -52,7 +52,8 @@ def build_argv(plan: BuildPlan, checkpoint_dir: Path, output_dir: Path, timing_c
         **({"fp8_rowwise_gemm_plugin": quant.compute.trtllm_name} if quant.algo == FP8_ROWWISE else {}),
         "nccl_plugin": "auto" if plan.parallel.world_size > 1 else "disable",
         "use_fused_mlp": _switch(quant.algo in (None, "FP8")),
-        "reduce_fusion": _switch(plan.parallel.tp > 1),
+        # The row-wise MLP takes no fused all-reduce (layers.py: `Fp8RowwiseGatedMLP.forward`).
+        "reduce_fusion": _switch(plan.parallel.tp > 1 and quant.algo != FP8_ROWWISE),
         "multiple_profiles": "enable",
         "logits_dtype": "float32",
         "workers": plan.parallel.world_size,

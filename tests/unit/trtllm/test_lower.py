@@ -57,8 +57,10 @@ def test_the_published_configurations_give_these_argument_lists(recipe: str, rec
     assert argv(plan(recipe)) == recorded.split()
 
 
-def test_fp8_rows_name_their_plugin_and_leave_the_fused_mlp() -> None:
-    arguments = argv(plan("fp8-rowwise-h100"))
+def test_fp8_rows_name_their_plugin_and_leave_the_fused_mlp_and_the_fused_all_reduce() -> None:
+    arguments = argv(plan("fp8-rowwise-h100", parallel=Parallelism(tp=2)))
+    assert value(arguments, "reduce_fusion") == "disable"
+    assert value(arguments, "nccl_plugin") == "auto"
     assert value(arguments, "fp8_rowwise_gemm_plugin") == "bfloat16"
     assert value(arguments, "use_fused_mlp") == "disable"
 
