@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trtkit.kernels import matmul
 from trtkit.kernels.dispatch import use_triton
-from trtkit.kernels.matmul_tiles import FUSED_ROWS, WIDTHS, Tile
+from trtkit.kernels.matmul_tiles import MEASURED_ROWS, WIDTHS, Tile
 from trtkit.kernels.selfcheck import Answers, Check, CheckShape, Draws
 
 BOUNDS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 1e-4}
@@ -33,7 +33,7 @@ def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
         for width in WIDTHS:
             if width <= most:
                 yield from _widths(device, shape, weight_type, width)
-        many = partial(_product, device, shape, weight_type, FUSED_ROWS + 88)
+        many = partial(_product, device, shape, weight_type, MEASURED_ROWS + 88)
         yield Check(family="matmul", name=f"{name}, many tokens", bound=bound, run=many)
         if weight_type in _QUANTISED:
             yield Check(
@@ -109,7 +109,7 @@ def _bytes(device: torch.device, shape: CheckShape, weight_type: torch.dtype) ->
         codes[codes % 128 == 127] = 0  # NaN, which no weight is
     weight = codes.to(device).view(weight_type)
     ones = torch.ones(_OUTPUTS, dtype=_scale_type(shape, weight_type), device=device)
-    for rows in (16, 64, 256, FUSED_ROWS + 256):
+    for rows in (16, 64, 256, MEASURED_ROWS + 256):
         unit = torch.eye(256, dtype=shape.dtype, device=device).repeat(-(-rows // 256), 1)[:rows]
         yield matmul.linear(unit, weight, ones), (unit.double() @ _wide(weight).T)
 

@@ -93,6 +93,11 @@ def bench(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]
     return measured
 
 
+def median_ms(call: Callable[[], object]) -> float:
+    """Time of one call on CUDA, the median of a few; waits for the device."""
+    return _back_to_back(call, (0.5,))[0]
+
+
 def _back_to_back(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
     call()
     event: Callable[..., torch.cuda.Event] = torch.cuda.Event

@@ -12,7 +12,11 @@ FUSED_ROWS = 512
 """Up to so many tokens 8-bit weights are widened inside the product, above into a workspace for torch's own product.
 
 Modeled: widening outside moves 5 bytes a weight instead of 1 (114 ms for 68.5e9 weights at 3.0 TB/s), the fused
-product is assumed at 400 TFLOP/s where torch's reaches 750; the two meet at about 700 tokens."""
+product is assumed at 400 TFLOP/s where torch's reaches 750; the two meet at about 700 tokens. It holds where it cannot
+be measured."""
+
+MEASURED_ROWS = 1024
+"""Up to so many tokens the two ways are timed against each other, once for a shape."""
 
 WORKSPACE_BYTES = 1 << 28
 """Bound on the workspace for widened weights."""

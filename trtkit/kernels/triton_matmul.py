@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.kernels.dispatch import num_multiprocessors
+from trtkit.kernels.matmul import DECODE_ROWS
 from trtkit.kernels.matmul_configs import (
     INTERPRETED,
     bench,
@@ -28,6 +29,7 @@ from trtkit.kernels.matmul_configs import (
     configuration,
     configurations,
     launch_options,
+    median_ms,
     prune,
     starts_early,
     tile_of,
@@ -35,6 +37,7 @@ from trtkit.kernels.matmul_configs import (
 from trtkit.kernels.matmul_tiles import (
     FUSED_ROWS,
     MAX_TILES,
+    MEASURED_ROWS,
     WIDTHS,
     Tile,
     channels_at_once,
@@ -59,7 +62,7 @@ def linear(
         return out
     if x_TI.dtype is torch.float32:  # no tensor core takes it at full width; nothing here is meant for it
         return _widened(x_TI, weight_OI, scale_O, bias_O, out)
-    if tokens <= 64 or (scale_O is not None and tokens <= FUSED_ROWS):
+    if tokens <= DECODE_ROWS or (scale_O is not None and _fused_is_quicker(x_TI, weight_OI, scale_O, out)):
         return fused_linear(x_TI, weight_OI, scale_O, bias_O, out)
     return _widened(x_TI, weight_OI, scale_O, bias_O, out)
 
@@ -139,6 +142,30 @@ def fp8_linear(
     if out is None:
         return product.to(x_TI.dtype)
     return out.copy_(product)
+
+
+def _fused_is_quicker(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, out: Tensor) -> bool:
+    """Whether widening inside the product beats widening before it: measured once for a shape, where both are likely.
+
+    The first product of a shape waits for the device; inside a graph's capture, where nothing may, and off CUDA the
+    modeled bound decides.
+    """
+    tokens = x_TI.shape[0]
+    if tokens > MEASURED_ROWS or x_TI.device.type != "cuda":
+        return tokens <= FUSED_ROWS
+    key = (triton.next_power_of_2(tokens), *weight_OI.shape, weight_OI.dtype, x_TI.dtype, x_TI.device)
+    known = _quicker()
+    if key not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return tokens <= FUSED_ROWS
+        operands = (x_TI, weight_OI, scale_O, None, out)
+        known[key] = median_ms(lambda: fused_linear(*operands)) <= median_ms(lambda: _widened(*operands))
+    return known[key]
+
+
+@cache
+def _quicker() -> dict[tuple[object, ...], bool]:
+    return {}
 
 
 def _widened(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, out: Tensor) -> Tensor:

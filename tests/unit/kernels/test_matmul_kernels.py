@@ -174,3 +174,33 @@ def test_fp8_product_equals_the_twin_and_falls_back_to_widening_the_weight(monke
     assert (out.float() - expected).abs().max() <= 0.02 * expected.abs().max()
     monkeypatch.setattr(triton_matmul, "fp8_way", lambda *_: ("dequantise", 1))
     assert_close(triton_matmul.fp8_linear(x, weight, scale, bias), exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("quicker", ["fused_linear", "_widened"])
+def test_the_quicker_way_for_some_hundred_tokens_is_measured_once_for_a_shape(monkeypatch, quicker):
+    """Tensors that say they are on CUDA; what is timed and taken is only counted."""
+    calls = []
+    for name in ("fused_linear", "_widened"):
+        monkeypatch.setattr(triton_matmul, name, lambda *_, name=name: calls.append(name))
+
+    def median_ms(call):
+        call()
+        return 1.0 if calls[-1] == quicker else 2.0
+
+    class OnCuda:
+        def __init__(self, *shape):
+            self.shape, self.dtype, self.device = shape, torch.float16, torch.device("cuda", 0)
+
+    monkeypatch.setattr(triton_matmul, "median_ms", median_ms)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    triton_matmul._quicker.cache_clear()
+    weight, scale = OnCuda(8, 8), OnCuda(8)
+    for tokens in (200, 256, 130):
+        triton_matmul.linear(OnCuda(tokens, 8), weight, scale, None, out=OnCuda(tokens, 8))
+    assert calls == ["fused_linear", "_widened", quicker, quicker, quicker]
+    calls.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for tokens in (300, 513, 1025):
+        triton_matmul.linear(OnCuda(tokens, 8), weight, scale, None, out=OnCuda(tokens, 8))
+    assert calls == ["fused_linear", "_widened", "_widened"]
+    triton_matmul._quicker.cache_clear()
