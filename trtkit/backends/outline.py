@@ -146,8 +146,10 @@ def summary(bundle: EngineBundle) -> str:
     manifest = bundle.manifest
     size = format_gib(sum(entry.size_bytes for entry in manifest.files.values()))
     seconds = sum(manifest.phases_s.values())
-    drift = manifest.verification.get("drift")
-    checked = "" if drift is None else f", drift from transformers {drift:.2g}"
+    drift, rounding = (manifest.verification.get(name) for name in ("drift", "quantisation_drift"))
+    checked = "" if drift is None else f", verified against transformers to {drift:.1g}"
+    if rounding:
+        checked += f" (what {manifest.plan.quant.precision} itself does: {rounding:.2g})"
     return f"{bundle.path}: {size}, {seconds:.1f} s{checked}, digest {manifest.digest}"
 
 

@@ -15,7 +15,7 @@ from trtkit.backends import verify as verify_module
 from trtkit.backends.build import build_engine
 from trtkit.backends.fit import check_fit, sizes
 from trtkit.backends.model_source import ModelSource
-from trtkit.backends.outline import outline, render
+from trtkit.backends.outline import outline, render, summary
 from trtkit.backends.recipe import DEFAULT_MODEL, BuildOptions, engine_name, load_recipe, make_plan, parse_bytes
 from trtkit.plan.memory import Placement, plan_memory
 from trtkit.spec.bundle import open_bundle
@@ -256,6 +256,15 @@ def test_a_partial_directory_that_is_not_a_builds_is_left_alone(tmp_path: Path) 
     with pytest.raises(OutputError, match="move them away"):
         build_engine(plan_of(tmp_path / "m", name="x"), tmp_path / "m", tmp_path)
     assert (tmp_path / "x.engine.partial" / "thesis.txt").exists()
+
+
+def test_a_finished_build_tells_the_precisions_own_doing_from_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_module, "verify", lambda *_: {"drift": 4e-7, "quantisation_drift": 0.013})
+    write_model(tmp_path / "m")
+    bundle = build_engine(plan_of(tmp_path / "m", precision="int8"), tmp_path / "m", tmp_path / "builds")
+    assert "verified against transformers to 4e-07 (what int8 itself does: 0.013)" in summary(bundle)
 
 
 def test_an_existing_engine_is_kept_without_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
