@@ -39,7 +39,7 @@ from trtkit.spec.errors import InputError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
-from trtkit.spec.quant import GPTQ_INT8, QuantSpec
+from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, QuantSpec
 from trtkit.spec.units import GIB
 from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.layout import EMBED, is_linear
@@ -194,7 +194,7 @@ def _runnable(checkpoint_dir: Path, layers: int) -> Iterator[Path]:
     scales multiplied in, pipeline stages joined.
     """
     model, quant, parallel = read_checkpoint_config(checkpoint_dir)
-    direct = parallel.pp == 1 and quant.algo in (None, "W8A16") and quant.kv.bits >= 16
+    direct = parallel.pp == 1 and quant.algo in (None, "W8A16", FP8_ROWWISE) and quant.kv.bits >= 16
     if direct and layers == model.num_layers:
         yield checkpoint_dir
         return
