@@ -36,18 +36,18 @@ def _prefill(dtype, cache=None, *, group=8, **shape):
     triton_prefill.paged_prefill_attention(queries, starts, cached, batch, max_count=4)
 
 
-def _score(dtype, cache=None, *, group=8, carry=0.5, **shape):
+def _score(dtype, cache=None, *, group=8, carry=0.5, count=32, **shape):
     storage = _batch(cache or dtype, **shape).cache.unsqueeze(0).expand(2, -1, -1, -1, -1, -1).contiguous()
     heads, dim = storage.shape[3], storage.shape[5]
     triton_score.score_layers(
-        torch.empty(2, 32, heads * group, dim, dtype=dtype),
-        torch.empty(2, 32, heads * group),
-        torch.empty(32),
+        torch.empty(2, count, heads * group, dim, dtype=dtype),
+        torch.empty(2, count, heads * group),
+        torch.empty(count),
         storage,
         torch.zeros(4, dtype=torch.int32),
         100,
         torch.zeros(2, heads, 100, dtype=torch.int32),
-        torch.zeros(32, dtype=torch.int32),
+        torch.zeros(count, dtype=torch.int32),
         out=torch.zeros(2, heads, 100),
         carry=carry,
     )
@@ -82,6 +82,7 @@ CASES = {
     "prefill bf16, fp8 cache": lambda: _prefill(torch.bfloat16, FP8, block=64),
     "prefill fp32": lambda: _prefill(torch.float32, group=4, dim=64, heads=2),
     "score bf16": lambda: _score(torch.bfloat16),
+    "score bf16, a piece of a prompt": lambda: _score(torch.bfloat16, count=256),
     "score bf16, fp8 cache": lambda: _score(torch.bfloat16, FP8, carry=0.0),
     "score fp32": lambda: _score(torch.float32, group=4, dim=64, heads=2),
     "compact bf16": lambda: _compact(torch.bfloat16),

@@ -49,7 +49,7 @@ def score_layers(
         queries_LRHD.stride(0) // (query_heads * dim), lse_LRH.stride(0) // query_heads, blocks,
         positions_LHN.stride(0), positions_LHN.stride(1), out.stride(0), out.stride(1),
         HEADS=kv_heads, GROUP=query_heads // kv_heads, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block,
-        SIDES=1, CARRY=carry != 0.0, DOT=product_type(queries_LRHD.dtype, storage.dtype),
+        SIDES=1, CARRY=carry != 0.0, SKIP=count >= _SKIP_FROM, DOT=product_type(queries_LRHD.dtype, storage.dtype),
     )  # fmt: skip
     return out
 
@@ -59,6 +59,8 @@ _CONFIGS = [
     triton.Config({"TILE": 64, "QUERIES": 16}, num_warps=4, num_stages=4),
 ]
 """One for Hopper, and one where products need registers (older GPUs, fp32): a round of eviction waits for no tuning."""
+_SKIP_FROM = 128
+"""Queries from which it pays to look for the first that sees a tile of keys: pieces of prompts, not rings."""
 _FREE = [
     "count", "length", "carry", "places", "lse_places", "blocks", "stride_position", "stride_position_head", "stride_out",
     "stride_out_head",
@@ -75,7 +77,8 @@ def _score(
     count, length, carry, scale,
     places, lse_places, blocks, stride_position, stride_position_head, stride_out, stride_out_head,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    SIDES: tl.constexpr, CARRY: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr, QUERIES: tl.constexpr,
+    SIDES: tl.constexpr, CARRY: tl.constexpr, SKIP: tl.constexpr, DOT: tl.constexpr,
+    TILE: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * TILE
     head = tl.program_id(1)
@@ -86,10 +89,13 @@ def _score(
     at = layer * blocks * (2 * HEADS * BLOCK * DIM) + key_offsets(table, first, length, head, HEADS, BLOCK, DIM, TILE)
     key = tl.load(cache + at[:, None] + dim[None, :], mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
     key = tl.trans(as_product(key, DOT))
-    position = tl.load(positions + layer * stride_position + head * stride_position_head + slot, mask=live, other=0)
+    position = tl.load(
+        positions + layer * stride_position + head * stride_position_head + slot, mask=live, other=1 << 30
+    )
+    first_index = _first_that_sees(asked, count, tl.min(position, 0)) if SKIP else 0
     received = tl.zeros([QUERIES, TILE], tl.float32)
     # Rows run over (query, head of the group) together, so that a group shares the tile of keys.
-    for first_row in range(0, count * GROUP, QUERIES):
+    for first_row in range(first_index * GROUP // QUERIES * QUERIES, count * GROUP, QUERIES):
         row = first_row + tl.arange(0, QUERIES)
         valid = row < count * GROUP
         index = row // GROUP
@@ -109,3 +115,17 @@ def _score(
     if CARRY:
         mass += carry * tl.load(place, mask=live, other=0.0)
     tl.store(place, mass, mask=live)
+
+
+@triton.jit
+def _first_that_sees(asked, count, oldest):
+    """Index of the first query at position `oldest` or later; `count` if there is none.
+
+    In a prompt that nothing was evicted from half of the tiles lie in the past of their keys altogether.
+    """
+    first = count
+    for start in range(0, count, 1024):
+        index = start + tl.arange(0, 1024)
+        sees = (index < count) & (tl.load(asked + index, mask=index < count, other=0) >= oldest)
+        first = tl.minimum(first, tl.min(tl.where(sees, index, count), 0))
+    return first

@@ -59,6 +59,23 @@ def test_more_queries_than_a_tile_are_all_counted(implementation):
     assert_mass(implementation(*case.arguments), case)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_tiles_in_the_past_of_their_keys_are_skipped_and_nothing_else(turned, monkeypatch):
+    """A prompt nothing was evicted from, slots in order; the last tile of keys is seen by the last queries alone."""
+    monkeypatch.setattr(triton_score, "_SKIP_FROM", 1)
+    case = make_layers(300, layers=1, heads=1, group=2, count=300, block=64)
+    case.positions[:, :, :300] = torch.arange(300, dtype=torch.int32)
+    queries, lse, weights, *middle, asked = case.arguments
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0)) if turned else torch.arange(300)
+    found = triton_score.score_layers(queries[:, order], lse[:, order], weights[order], *middle, asked[order])
+    assert_mass(found, case)
+    if not turned:
+        weights[:256] = torch.nan  # where such a query is looked at all the same, its nothing becomes NaN
+        found = triton_score.score_layers(queries, lse, weights, *middle, asked)
+        assert found[:, :, :256].isnan().all()
+        assert not found[:, :, 256:].isnan().any()
+
+
 @pytest.mark.parametrize("implementation", SCORES)
 def test_the_order_of_the_queries_is_free(implementation):
     case = make_layers(40, layers=1)
