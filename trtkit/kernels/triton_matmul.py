@@ -62,9 +62,11 @@ def linear(
         return out
     if x_TI.dtype is torch.float32:  # no tensor core takes it at full width; nothing here is meant for it
         return _widened(x_TI, weight_OI, scale_O, bias_O, out)
-    if tokens <= DECODE_ROWS or (scale_O is not None and _fused_is_quicker(x_TI, weight_OI, scale_O, out)):
-        return fused_linear(x_TI, weight_OI, scale_O, bias_O, out)
-    return _widened(x_TI, weight_OI, scale_O, bias_O, out)
+    few, quantised = tokens <= DECODE_ROWS, scale_O is not None
+    # 8-bit weights for few tokens are ours alone, 16-bit ones for many torch's; between them the clock decides.
+    fused = few if few == quantised else _fused_is_quicker(x_TI, weight_OI, scale_O, out)
+    run = fused_linear if fused else _widened
+    return run(x_TI, weight_OI, scale_O, bias_O, out)
 
 
 def fused_linear(
@@ -144,8 +146,8 @@ def fp8_linear(
     return out.copy_(product)
 
 
-def _fused_is_quicker(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, out: Tensor) -> bool:
-    """Whether widening inside the product beats widening before it: measured once for a shape, where both are likely.
+def _fused_is_quicker(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, out: Tensor) -> bool:
+    """Whether our own product beats torch's, before which 8-bit weights are widened: measured once for a shape.
 
     The first product of a shape waits for the device; inside a graph's capture, where nothing may, and off CUDA the
     modeled bound decides.

@@ -177,7 +177,7 @@ def test_fp8_product_equals_the_twin_and_falls_back_to_widening_the_weight(monke
 
 
 @pytest.mark.parametrize("quicker", ["fused_linear", "_widened"])
-def test_the_quicker_way_for_some_hundred_tokens_is_measured_once_for_a_shape(monkeypatch, quicker):
+def test_the_quicker_way_is_measured_once_for_a_shape(monkeypatch, quicker):
     """Tensors that say they are on CUDA; what is timed and taken is only counted."""
     calls = []
     for name in ("fused_linear", "_widened"):
@@ -198,6 +198,14 @@ def test_the_quicker_way_for_some_hundred_tokens_is_measured_once_for_a_shape(mo
     for tokens in (200, 256, 130):
         triton_matmul.linear(OnCuda(tokens, 8), weight, scale, None, out=OnCuda(tokens, 8))
     assert calls == ["fused_linear", "_widened", quicker, quicker, quicker]
+    calls.clear()
+    triton_matmul.linear(OnCuda(64, 8), weight, scale, None, out=OnCuda(64, 8))
+    triton_matmul.linear(OnCuda(65, 8), weight, None, None, out=OnCuda(65, 8))
+    assert calls == ["fused_linear", "_widened"], "8 bits for few and 16 bits for many need no clock"
+    calls.clear()
+    for tokens in (1, 1):
+        triton_matmul.linear(OnCuda(tokens, 8), weight, None, None, out=OnCuda(tokens, 8))
+    assert calls == ["fused_linear", "_widened", quicker, quicker]
     calls.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for tokens in (300, 513, 1025):
