@@ -26,7 +26,7 @@ READS = {
     "_unique2", "unique_consecutive", "lift_fresh", "repeat_interleave.Tensor", "allclose",
 }  # fmt: skip
 OPEN = {"sample_rows"}
-"""Functions of `trtkit.kernels` that are plain torch on a GPU too."""
+"""Functions of `trtkit.kernels` whose twin does not wait either, so that falling back to it costs time alone."""
 
 
 class Watching(TorchDispatchMode):
