@@ -124,7 +124,7 @@ def _tried(check: Check, device: torch.device) -> CheckRow:
         error = max(_error(found, expected) for found, expected in check.run())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except _failures() as failure:
+    except failures() as failure:
         message = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
     ok = error is not None and error <= check.bound
     if not ok:
@@ -154,7 +154,7 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return difference / size if size else difference
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What a kernel that does not work here raises, from the compiler, the driver or torch."""
     known: tuple[type[Exception], ...] = (
         RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, NotImplementedError, OSError,
