@@ -9,6 +9,9 @@ from trtkit.engine.device.layout import DecodeLayout
 from trtkit.engine.device.model import Parts, forward, logits
 from trtkit.kernels.sampling import greedy, workspace_size
 
+_REHEARSED_LENGTH = 1024
+"""Live slots of a typical request (assumed)."""
+
 
 class LastTokens:
     """The newest token of every running sequence, on the device; one place more, the last, takes what is not wanted."""
@@ -51,8 +54,14 @@ class DecodeBuffers:
         return self._layouts[size]
 
     def clear(self, size: int) -> None:
-        """Make every row of a bucket size padding: what a capture runs on."""
+        """Make every row of a bucket size padding."""
         self.layout(size).clear(self._last.dump)
+
+    def rehearse(self, size: int) -> None:
+        """Rows that read as many keys as usual and write nothing that anybody reads: what a capture warms up on."""
+        cache = self._parts.cache
+        longest = min(_REHEARSED_LENGTH, self._columns * cache.tokens_per_block)
+        self.layout(size).clear(self._last.dump, length=longest, num_blocks=cache.num_blocks)
 
     def work(self, size: int) -> None:
         """The whole step: from the memory's indices to tokens in `tokens_B` and in the last tokens."""

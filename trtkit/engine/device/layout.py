@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from trtkit.engine.batch import Row, RowInput
@@ -170,13 +171,18 @@ class DecodeLayout:
         staging.send(self._layout, values, self._memory)
         return replace(self.step, rows=_with_tables(rows, self.step.tables_RM))
 
-    def clear(self, dump: int) -> None:
-        """Make every row padding."""
+    def clear(self, dump: int, *, length: int = 0, num_blocks: int = 1) -> None:
+        """Make every row padding: nothing is written for it.
+
+        With a `length` the rows read that many slots, of blocks all over the cache: kernels tune themselves on them.
+        """
         views = self._layout.tensors(self._memory)
-        for name, value in (("token_ids", 0), ("positions", 0), ("lengths", 0), ("tables", 0), ("targets", dump)):
+        for name, value in (("token_ids", 0), ("positions", 0), ("lengths", length), ("targets", dump)):
             views[name].fill_(value)
         for name in ("sources", "slots", "ring"):
             views[name].fill_(NOWHERE)
+        tables = views["tables"]
+        tables.copy_(torch.arange(tables.numel(), device=tables.device).remainder_(num_blocks).view(tables.shape))
 
 
 def _decode_values(rows: Seq[DeviceRow], inputs: Seq[RowInput], facts: RowFacts, padding: int) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def _captured(self, sizes: tuple[int, ...], capture: Capture | None) -> DecodeGraphs:
-        return DecodeGraphs(sizes, self._buffers.work, capture, prepare=self._buffers.clear)
+        return DecodeGraphs(sizes, self._buffers.work, capture, prepare=self._buffers.rehearse)
 
     @property
     def memory(self) -> dict[str, int]:

@@ -17,6 +17,7 @@ from trtkit.engine.runner import RunnerFactory
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
 from trtkit.engine.weights import ModelWeights
+from trtkit.kernels.tuning import forget_choices
 from trtkit.kv.ledger import BYTES_PER_SLOT
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Request
@@ -30,7 +31,8 @@ _SAMPLING_BYTES = 48
 
 
 _WARM_TOKENS = (48, 128)
-"""Prompts that bring every kernel of small steps to be compiled and tuned before a request waits for it."""
+"""Prompts that bring every kernel of small steps to be compiled and tuned before a request waits for it. They come after
+the largest step, on which kernels that are tuned but once should choose."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +73,7 @@ def checked_kernels(
         max_tokens=min(limits.max_num_tokens, CheckShape().max_tokens),
     )
     rows = self_check(torch.device(device), shape)
+    forget_choices()
     return tuple(f"{row.family} kernel: {row.message}" for row in rows if not row.ok)
 
 
@@ -140,7 +143,7 @@ def _activation_bytes(weights: ModelWeights, limits: Limits, kv_dtype: DType, de
         return 0
     cache = PagedCache(weights.model, 1, limits.tokens_per_block, kv_dtype, device)
     runner = DeviceRunner(weights, cache, limits)
-    for tokens in (*(n for n in _WARM_TOKENS if n < limits.max_num_tokens), limits.max_num_tokens):
+    for tokens in (limits.max_num_tokens, *(n for n in _WARM_TOKENS if n < limits.max_num_tokens)):
         _read_prompts(runner, limits, tokens)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

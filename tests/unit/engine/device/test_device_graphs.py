@@ -85,13 +85,22 @@ def test_a_replay_reads_static_memory_alone() -> None:
     assert not torch.equal(answers[0][1], answers[1][1])
 
 
-def test_padding_changes_nothing_that_anybody_reads() -> None:
-    engine = open_device(make_hf(), capture=Replays(), max_batch_size=8)
+@pytest.mark.parametrize("fill", ["clear", "rehearse"])
+def test_padding_changes_nothing_that_anybody_reads(fill: str) -> None:
+    engine = open_device(make_hf(), capture=Replays(), max_batch_size=8, blocks=40)
     runner: Any = engine._runner
     before = runner.cache.storage.clone()
     tokens = runner._last.tokens_P.clone()
     with torch.inference_mode():
-        runner._buffers.clear(8)
+        getattr(runner._buffers, fill)(8)
         runner._graphs.run(8)
     assert torch.equal(runner.cache.storage.nan_to_num(), before.nan_to_num())
     assert torch.equal(runner._last.tokens_P[:-1], tokens[:-1])
+
+
+def test_a_rehearsal_reads_as_much_as_a_request_from_blocks_all_over_the_cache() -> None:
+    runner: Any = open_device(make_hf(), max_batch_size=8, blocks=40)._runner
+    runner._buffers.rehearse(4)
+    step = runner._buffers.layout(4).step
+    assert step.lengths_B.tolist() == [128] * 4, "all that a request of this engine may hold"
+    assert sorted(step.tables_RM.flatten().unique().tolist()) == list(range(40))
