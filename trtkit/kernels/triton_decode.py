@@ -10,7 +10,8 @@ device. The last program of a sequence adds the parts up, always in their order,
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Hashable
+from functools import cache
 
 import torch
 import triton
@@ -19,7 +20,15 @@ from torch import Tensor
 
 from trtkit.kernels.dispatch import num_multiprocessors
 from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, decode_splits
-from trtkit.kernels.triton_tiles import LOG2_E, MIN_DOT, as_product, autotuned, key_offsets, product_type, readable
+from trtkit.kernels.triton_tiles import (
+    LOG2_E,
+    MIN_DOT,
+    as_product,
+    autotuned,
+    key_offsets,
+    product_type,
+    readable,
+)
 
 
 def paged_decode_attention(
@@ -49,6 +58,10 @@ def paged_decode_attention(
         (lse, lse, batch.lengths_B) if workspace is None else (workspace.partial, workspace.lse, workspace.arrived)
     )
     group = query_heads // kv_heads
+    shape = (device, queries.dtype, batch.cache.dtype, kv_heads, group, dim, block)
+    if shape not in _tuned() and _tunes(device):
+        _tuned().add(shape)
+        _tune(queries, batch, splits)
     assert all(one.is_contiguous() for one in (batch.cache, out, lse)), "strides are not looked at"
     assert partial.numel() >= rows * splits * query_heads * dim or splits == 1, "the workspace is too small"
     _decode[(splits, kv_heads, rows)](
@@ -73,24 +86,30 @@ _ANYWHERE = ["tables", "lengths", "lse", "partial_lse", "arrived", "ring_lse", "
 _TUNED_LENGTH = 2048
 
 
-def _lend_work(arguments: dict[str, Any], reset_only: bool = False) -> None:
-    """Give the rows long sequences while tuning: a launch that warms up may have nothing but padding."""
-    if reset_only:
-        return
-    cache, tables, lengths = arguments["cache"], arguments["tables"], arguments["lengths"]
-    arguments["before"] = lengths.clone(), tables.clone()
-    lengths.fill_(min(_TUNED_LENGTH, tables.shape[1] * cache.shape[3]))
-    tables.copy_(torch.arange(tables.numel(), device=tables.device).remainder(cache.shape[0]).view_as(tables))
+def _tunes(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
-def _take_back(arguments: dict[str, Any], exception: BaseException | None) -> None:
-    """Undo `_lend_work`."""
-    for one, before in zip((arguments["lengths"], arguments["tables"]), arguments.pop("before"), strict=True):
-        one.copy_(before)
+def _tune(queries: Tensor, batch: PagedBatch, splits: int) -> None:
+    """Choose the tile on long sequences in this very cache: the launch that asks may have nothing but padding.
+
+    Nothing is written but what is allocated here.
+    """
+    blocks, block = batch.cache.shape[0], batch.tokens_per_block
+    rows, columns = queries.shape[0], triton.cdiv(_TUNED_LENGTH, block)
+    tables = torch.arange(rows * columns, dtype=torch.int32, device=queries.device).remainder(blocks)
+    lengths = torch.full((rows,), columns * block, dtype=torch.int32, device=queries.device)
+    long = PagedBatch(cache=batch.cache, blocks_BM=tables.view(rows, columns), lengths_B=lengths)
+    paged_decode_attention(queries, long, splits=splits)
 
 
-# Not tuned again for every number of parts: what a program does with its part is the same.
-@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK"], pre_hook=_lend_work, post_hook=_take_back)
+@cache
+def _tuned() -> set[Hashable]:
+    """Shapes whose tile is chosen. The number of parts is not in them: what a program does with its part is the same."""
+    return set()
+
+
+@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK"])
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=_ANYWHERE)
 def _decode(
     queries, cache, tables, lengths, out, lse, partial, partial_lse, arrived, ring_lse, ring_index,

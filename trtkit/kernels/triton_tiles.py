@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trtkit.kernels.matmul_configs import bench
 from trtkit.kernels.triton_widen import widen
 
 MIN_DOT = 16
@@ -63,7 +64,7 @@ def autotuned(configs: Sequence[triton.Config], **options: Any):
     slot SIDES: 1 for keys, 2 for keys and values. `options` are `triton.autotune`'s.
     """
     chosen = configs[:1] if interpreting() else configs
-    return triton.autotune(list(chosen), prune_configs_by={"early_config_prune": _fitting}, **options)
+    return triton.autotune(list(chosen), prune_configs_by={"early_config_prune": _fitting}, do_bench=bench, **options)
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:

@@ -243,13 +243,22 @@ def test_compaction_without_moves_changes_nothing():
     torch.testing.assert_close(batch.cache, before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_tuning_gives_padding_rows_work_and_takes_it_back():
-    batch = make_batch((0, 3, 9), heads=1)
-    arguments = {"cache": batch.cache, "tables": batch.blocks_BM, "lengths": batch.lengths_B}
-    before = batch.lengths_B.clone(), batch.blocks_BM.clone()
-    triton_decode._lend_work(arguments)
-    assert batch.lengths_B.eq(batch.blocks_BM.shape[1] * BLOCK).all()
-    assert 0 <= int(batch.blocks_BM.min()) <= int(batch.blocks_BM.max()) < len(batch.cache)
-    triton_decode._take_back(arguments, None)
-    assert torch.equal(batch.lengths_B, before[0])
-    assert torch.equal(batch.blocks_BM, before[1])
+def test_tuning_runs_once_on_long_sequences_whatever_the_launch_has(monkeypatch):
+    batch = make_batch((0, 0), heads=1)
+    batch.cache[:] = torch.randn(batch.cache.shape)
+    launches = []
+
+    class Launches:
+        def __getitem__(self, grid):
+            return lambda queries, cache, tables, lengths, *rest, **constants: launches.append((tables, lengths))
+
+    monkeypatch.setattr(triton_decode, "_tunes", lambda device: True)
+    monkeypatch.setattr(triton_decode, "_decode", Launches())
+    triton_decode._tuned.cache_clear()
+    for _ in range(2):
+        triton_decode.paged_decode_attention(randn(2, 4, 64), batch)
+    triton_decode._tuned.cache_clear()
+    assert [lengths.tolist() for _, lengths in launches] == [[2048, 2048], [0, 0], [0, 0]]
+    tables = launches[0][0]
+    assert tables.shape == (2, 2048 // BLOCK)
+    assert 0 <= int(tables.min()) <= int(tables.max()) < len(batch.cache)
