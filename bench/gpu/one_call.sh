@@ -103,5 +103,13 @@ for index in "${!asked[@]}"; do
   # What was ended by force may hold its memory on the card for a moment longer.
   if [ "$status" -ge 124 ]; then sleep 3; fi
   echo "== $stage: exit $status after $((SECONDS - began)) s" | tee -a "$log"
+  if [ "$stage" = selfcheck ]; then
+    # A kernel that takes the CUDA context with it would take every later stage too.
+    fatal="$(python3 "$here/selfcheck.py" --fatal "$out/selfcheck.json" 2>>"$log")"
+    if [ -n "$fatal" ]; then
+      export TRTKIT_KERNELS_OFF="${TRTKIT_KERNELS_OFF:+$TRTKIT_KERNELS_OFF,}$fatal"
+      echo "== switched off: $TRTKIT_KERNELS_OFF" | tee -a "$log"
+    fi
+  fi
 done
 finish

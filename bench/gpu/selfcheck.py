@@ -3,15 +3,20 @@
     python3 bench/gpu/selfcheck.py --out selfcheck.json [--time-limit-s 60] [--rehearse]
 
 Once for each set of types that the rows of llama70b.py use. Compiled kernels stay in TRITON_CACHE_DIR for the stages that
-follow. --rehearse checks the torch twins on a CPU at tiny sizes.
+follow. A kernel that destroys the CUDA context makes everything after it fail: then each family is tried again in a process
+of its own, and `--fatal RECORD` prints the families to switch off (TRTKIT_KERNELS_OFF) before anything else runs.
+--rehearse checks the torch twins on a CPU at tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from trtkit.kernels.dispatch import disabled
+from trtkit.kernels.dispatch import FAMILIES, disabled, enable
 from trtkit.kernels.selfcheck import CheckRow, CheckShape, self_check
-from trtkit.spec.codec import write_record
+from trtkit.spec.codec import read_record, write_record
 
 KIND = "gpu-selfcheck"
 TYPES = {
@@ -52,12 +57,13 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfcheckRecord:
-    """`fallen` says which families fell back to torch, and why."""
+    """`fallen` says which families fell back to torch, and why; `fatal` are those that took the CUDA context with them."""
 
     rehearsal: bool
     gpu: str
     rows: tuple[Row, ...] = ()
     fallen: dict[str, str] | None = None
+    fatal: tuple[str, ...] = ()
     not_run: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
 
@@ -77,36 +83,124 @@ def lines_of(record: SelfcheckRecord) -> tuple[str, ...]:
     lines = [f"{good} of {len(record.rows)} checks right against float64, {seconds:.0f} s"]
     lines += [f"FAILED {row.types}: {row.check.family}: {row.check.message}"[:200] for row in failed]
     lines += [f"fell back to torch: {family}: {why}"[:200] for family, why in (record.fallen or {}).items()]
+    lines += [f"lost the CUDA context, switched off from here on: {family}" for family in record.fatal]
     return (*lines, *(f"not run: {types}" for types in record.not_run))
+
+
+def context_lost(device: torch.device) -> bool:
+    """Whether the process's CUDA context is beyond use; only a new process has a new one."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def alone(types: str, family: str, *, rehearse: bool, limit_s: float) -> tuple[tuple[Row, ...], bool]:
+    """One family's rows from a process of its own, and whether that process lost its context or died."""
+    with tempfile.TemporaryDirectory(prefix="trtkit-check-") as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, __file__, "--out", str(out), "--types", types, "--family", family]
+        try:
+            done = subprocess.run([*command, *(["--rehearse"] if rehearse else [])], timeout=limit_s, check=False)
+        except subprocess.TimeoutExpired:
+            return (_dead(types, family, f"no answer within {limit_s:.0f} s"),), True
+        if not out.is_file():
+            return (_dead(types, family, f"its process ended with exit code {done.returncode}"),), True
+        record = read_record(out, KIND, SelfcheckRecord)
+        return record.rows, bool(record.fatal)
+
+
+def _dead(types: str, family: str, why: str) -> Row:
+    row = CheckRow(family=family, name="all", error=None, bound=0.0, ok=False, message=why, seconds=0.0)
+    return Row(types=types, check=row)
+
+
+def in_this_process(device: torch.device, types: str, families: Sequence[str], *, rehearse: bool) -> tuple[Row, ...]:
+    """Rows of some families."""
+    shape = CheckShape(**TYPES[types], **(TINY if rehearse else {}))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        found = self_check(device, shape, families=families)
+    return tuple(Row(types=types, check=finite(row)) for row in found)
+
+
+def each_alone(types: str, *, rehearse: bool, deadline_s: float) -> Iterator[tuple[str, tuple[Row, ...], bool]]:
+    """Every family in a process of its own, as far as the time reaches."""
+    for family in FAMILIES:
+        left_s = deadline_s - time.monotonic()
+        if left_s > 1:
+            yield family, *alone(types, family, rehearse=rehearse, limit_s=left_s)
+
+
+def check_types(device: torch.device, types: str, record: SelfcheckRecord, *, deadline_s: float) -> SelfcheckRecord:
+    """The record with the rows of one set of types. Once the context is lost, families run alone."""
+    rehearse = record.rehearsal
+    if not record.fatal:
+        found = in_this_process(device, types, FAMILIES, rehearse=rehearse)
+        if not context_lost(device):
+            return replace(record, rows=(*record.rows, *found), fallen={**(record.fallen or {}), **disabled()})
+        for family in disabled():
+            enable(family)
+    rows, fallen, fatal = list(record.rows), dict(record.fallen or {}), list(record.fatal)
+    for family, found, lost in each_alone(types, rehearse=rehearse, deadline_s=deadline_s):
+        rows += found
+        for row in found:
+            if not row.check.ok:
+                fallen.setdefault(family, row.check.message)
+        if lost and family not in fatal:
+            fatal.append(family)
+    return replace(record, rows=tuple(rows), fallen=fallen, fatal=tuple(fatal))
+
+
+def print_fatal(path: Path) -> int:
+    """The families that must not run in any process, joined by commas."""
+    print(",".join(read_record(path, KIND, SelfcheckRecord).fatal if path.is_file() else ()))
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the record to write")
+    parser.add_argument("--fatal", type=Path, metavar="RECORD", help="print what to switch off, and do nothing else")
+    parser.add_argument("--types", choices=list(TYPES), help="only this set of types")
+    parser.add_argument("--family", choices=FAMILIES, help="only this family of kernels")
     parser.add_argument("--time-limit-s", type=float, default=60.0)
     parser.add_argument("--rehearse", action="store_true", help="the twins on a CPU, tiny")
     args = parser.parse_args()
+    if args.fatal is not None:
+        return print_fatal(args.fatal)
+    if args.out is None:
+        parser.error("--out is needed")
     if not args.rehearse and not torch.cuda.is_available():
         print("selfcheck: no CUDA device here; --rehearse checks the twins on a CPU", file=sys.stderr)
         return 3
-    started, longest_s = time.monotonic(), 0.0
     device = torch.device("cpu" if args.rehearse else "cuda")
     record = SelfcheckRecord(
         rehearsal=args.rehearse, gpu="cpu" if args.rehearse else torch.cuda.get_device_name(0), fallen={}
     )
-    for name, types in TYPES.items():
+    if args.family is not None:
+        types = args.types or next(iter(TYPES))
+        rows = in_this_process(device, types, (args.family,), rehearse=args.rehearse)
+        lost = (args.family,) if context_lost(device) else ()
+        write_record(args.out, KIND, replace(record, rows=rows, fallen=dict(disabled()), fatal=lost))
+        return 0
+    return run(args.out, record, device, [args.types] if args.types else list(TYPES), args.time_limit_s)
+
+
+def run(out: Path, record: SelfcheckRecord, device: torch.device, wanted: Sequence[str], limit_s: float) -> int:
+    """Every wanted set of types while time lasts; the record is written after each."""
+    started, longest_s = time.monotonic(), 0.0
+    for name in wanted:
         began = time.monotonic()
-        if args.time_limit_s - (began - started) < longest_s:
+        if limit_s - (began - started) < longest_s:
             record = replace(record, not_run=(*record.not_run, name))
             continue
-        shape = CheckShape(**types, **(TINY if args.rehearse else {}))  # type: ignore[arg-type]
-        with torch.inference_mode():
-            found = tuple(Row(types=name, check=finite(row)) for row in self_check(device, shape))
+        record = check_types(device, name, record, deadline_s=started + limit_s)
         longest_s = max(longest_s, time.monotonic() - began)
-        record = replace(record, rows=(*record.rows, *found), fallen=dict(disabled()))
         record = replace(record, lines=lines_of(record))
-        write_record(args.out, KIND, record)
-    write_record(args.out, KIND, replace(record, lines=lines_of(record)))
+        write_record(out, KIND, record)
+    write_record(out, KIND, replace(record, lines=lines_of(record)))
     print("\n".join(lines_of(record)))
     return 0
 

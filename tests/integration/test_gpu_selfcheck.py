@@ -1,0 +1,72 @@
+"""The self-check of a GPU call, and what it does when a kernel takes the CUDA context with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import selfcheck
+from bench.gpu.selfcheck import KIND, TYPES, Row, SelfcheckRecord, alone, check_types, print_fatal
+from trtkit.kernels.dispatch import FAMILIES, disabled
+from trtkit.kernels.selfcheck import CheckRow
+from trtkit.spec.codec import write_record
+
+CPU = torch.device("cpu")
+FIRST = next(iter(TYPES))
+EMPTY = SelfcheckRecord(rehearsal=True, gpu="cpu", fallen={})
+
+
+def row(family: str, *, ok: bool) -> Row:
+    why = "" if ok else "all: illegal memory access"
+    check = CheckRow(family=family, name="all", error=0.0 if ok else None, bound=0.0, ok=ok, message=why, seconds=0.0)
+    return Row(types=FIRST, check=check)
+
+
+def test_a_family_alone_answers_from_a_process_of_its_own():
+    rows, lost = alone(FIRST, "sampling", rehearse=True, limit_s=120)
+    assert rows
+    assert {found.check.family for found in rows} == {"sampling"}
+    assert all(found.check.ok for found in rows)
+    assert not lost
+
+
+def test_a_process_that_dies_counts_as_a_lost_context(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selfcheck, "__file__", "/does/not/exist.py")
+    rows, lost = alone(FIRST, "sampling", rehearse=True, limit_s=60)
+    assert lost
+    assert "exit code 2" in rows[0].check.message
+
+
+def test_after_a_lost_context_each_family_is_tried_alone_and_the_culprit_is_named(monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def fake_alone(types: str, family: str, *, rehearse: bool, limit_s: float) -> tuple[tuple[Row, ...], bool]:
+        asked.append(f"{types} {family}")
+        return (row(family, ok=family != "paged"),), family == "paged"
+
+    monkeypatch.setattr(selfcheck, "in_this_process", lambda *_, **__: (row("matmul", ok=False),))
+    monkeypatch.setattr(selfcheck, "context_lost", lambda _: True)
+    monkeypatch.setattr(selfcheck, "alone", fake_alone)
+    second = list(TYPES)[1]
+    record = check_types(CPU, FIRST, EMPTY, deadline_s=float("inf"))
+    assert record.fatal == ("paged",)
+    assert set(record.fallen or {}) == {"paged"}, "what only failed beside the culprit is not blamed"
+    record = check_types(CPU, second, record, deadline_s=float("inf"))
+    assert asked == [f"{types} {family}" for types in (FIRST, second) for family in FAMILIES]
+    assert "lost the CUDA context, switched off from here on: paged" in selfcheck.lines_of(record)
+
+
+def test_a_whole_context_needs_no_second_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selfcheck, "alone", lambda *_, **__: pytest.fail("no other process was needed"))
+    record = check_types(CPU, FIRST, EMPTY, deadline_s=float("inf"))
+    assert len(record.rows) > 20
+    assert (record.fatal, record.fallen, disabled()) == ((), {}, {})
+
+
+def test_the_families_to_switch_off_are_printed_for_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "selfcheck.json"
+    assert (print_fatal(path), capsys.readouterr().out) == (0, "\n")
+    write_record(path, KIND, SelfcheckRecord(rehearsal=True, gpu="cpu", fatal=("paged", "ranking")))
+    assert (print_fatal(path), capsys.readouterr().out) == (0, "paged,ranking\n")
