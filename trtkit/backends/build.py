@@ -130,13 +130,8 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     builder = builder_of(plan.target)
     path = engine_path(plan, out_dir)
     check_free(path, force=force, marker=MANIFEST_NAME)
-    check_fit(plan)
-    check_plan(plan)
-    check_adapter(plan)
+    _check_possible(plan)
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
-    if plan.target == "tensorrt":
-        require_builder_device(plan)
-        require_packing(plan)
     calibration = _calibration(plan, calib_text)
     if plan.load_format == "dummy":
         return _build_dummy(BuildJob(plan=plan, source_dir=path, directory=path, fidelity=fidelity), path)
@@ -158,6 +153,16 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
         write_manifest(partial, _manifest(job, files))
         publish(partial, path)
     return open_bundle(path)
+
+
+def _check_possible(plan: BuildPlan) -> None:
+    """Refuse, before any work, what the device, the target or this machine cannot do."""
+    check_fit(plan)
+    check_plan(plan)
+    check_adapter(plan)
+    if plan.target == "tensorrt":
+        require_builder_device(plan)
+        require_packing(plan)
 
 
 def build_embedded(job: BuildJob) -> None:

@@ -75,8 +75,7 @@ def command(
     given = BuildOptions(
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, pp=pp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
-        allow_approximate=allow_approximate or None, calib_text=calib_text,
-        load_format=load_format, kv_dtype=kv_dtype,
+        allow_approximate=allow_approximate or None, calib_text=calib_text, load_format=load_format, kv_dtype=kv_dtype,
     )  # fmt: skip
     options = given.over(load_recipe(recipe)) if recipe else given
     plan, source = make_plan(options, dry_run=dry_run)
@@ -87,10 +86,10 @@ def command(
         outlined = outline(plan, output, allow_approximate=approximate)
         emit(outlined, render(outlined), as_json=as_json)
         return
+    text = Path(options.calib_text) if options.calib_text else None
     with progress_bars(quiet=as_json) as progress:
         bundle = build_engine(
-            plan, source, output, progress=progress, force=force, allow_approximate=approximate,
-            calib_text=Path(options.calib_text) if options.calib_text else None,
-        )  # fmt: skip
-    payload = {"path": str(bundle.path), "digest": bundle.manifest.digest, "manifest": bundle.manifest}
-    emit(payload, summary(bundle), as_json=as_json)
+            plan, source, output, progress=progress, force=force, allow_approximate=approximate, calib_text=text
+        )
+    made = {"path": str(bundle.path), "digest": bundle.manifest.digest, "manifest": bundle.manifest}
+    emit(made, summary(bundle), as_json=as_json)

@@ -80,32 +80,28 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
 ) -> ConvertResult:
     """Write `output_dir` (config.json and one safetensors file per rank) from a Hugging Face directory.
 
-    Work happens in `<output_dir>.partial`, which survives a kill; running again with the same arguments continues.
-    `name` replaces the model's name, which is otherwise the source directory's; `kv_scale` is the 8-bit KV cache's scale
-    of each layer.
+    Work happens in `<output_dir>.partial`, which survives a kill; the same call again continues. `name` is the model's,
+    by default the source directory's; `kv_scale` is the 8-bit KV cache's scale of each layer.
 
     Raises:
         InputError: the source is damaged, incomplete or not finite, or overflows the target type.
         OutputError: the output exists (without `force`), cannot be written, or the disk is full.
-        UnsupportedError: the architecture, the scheme or the source's types.
-        UsageError: the split does not come out even.
+        UnsupportedError: the architecture, the scheme or the source's types; UsageError: an uneven split.
     """
     started = time.monotonic()
     output, parallel = absolute(output_dir), parallel or Parallelism()
-    stored = stored_quant(quant, target)
     check_free(output, force=force, marker=CONFIG_NAME)
     source = open_source(source_dir, name=name)
-    stored = with_source_groups(stored, source, parallel)
+    stored = with_source_groups(stored_quant(quant, target), source, parallel)
     scales = kv_scales(stored, source.model.num_layers, kv_scale)
     pieces = list(_pieces(source, parallel, "groups" if stored.algo == GPTQ_INT8 else "rows"))
     layouts = _layouts(source, stored, parallel)
     plan_digest = _plan_digest(source, stored, parallel, scales)
+    output_bytes = sum(layout.num_bytes for layout in layouts)
     with working_directory(output) as partial, Journal(partial, plan_digest) as journal:
-        check_space(output, sum(layout.num_bytes for layout in layouts) - _present_bytes(partial))
+        check_space(output, output_bytes - _present_bytes(partial))
         if not journal.finished or not _files_intact(partial, layouts):
-            journal.restart()
-            _begin_files(partial, layouts)
-            _write_kv_scales(partial, layouts, scales, parallel)
+            _begin(journal, partial, layouts, scales, parallel)
         _run(source, pieces, partial, layouts, journal, progress)
         write_text(partial / CONFIG_NAME, _config_text(source, stored, parallel))
         publish(partial, output)
@@ -115,11 +111,20 @@ def convert(  # noqa: PLR0913 - one keyword per decision, all but two with defau
         quant=stored,
         parallel=parallel,
         source_bytes=source.num_bytes,
-        output_bytes=sum(layout.num_bytes for layout in layouts),
+        output_bytes=output_bytes,
         pieces=len(pieces),
         resumed_pieces=len(journal.finished),
         seconds=time.monotonic() - started,
     )
+
+
+def _begin(
+    journal: Journal, partial: Path, layouts: Sequence[FileLayout], scales: Sequence[float], parallel: Parallelism
+) -> None:
+    """Start from nothing: empty rank files, and the numbers that do not come from the source."""
+    journal.restart()
+    _begin_files(partial, layouts)
+    _write_kv_scales(partial, layouts, scales, parallel)
 
 
 def _pieces(source: SourceCheckpoint, parallel: Parallelism, form: str) -> Iterator[Slab]:
