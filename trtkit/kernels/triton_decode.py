@@ -197,30 +197,32 @@ def _combine(
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     SPLITS: tl.constexpr, HAS_RING: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of one sequence and KV head. Loads bypass L1, which may hold what an earlier launch left."""
+    """Add up the parts of one sequence and KV head. Loads bypass L1, which may hold what an earlier launch left.
+
+    All parts of a stretch of the head dim are asked for at once: one trip to L2 for the stretch, not one for a part.
+    """
     lane = tl.arange(0, GROUP_PAD)
-    dim = tl.arange(0, DIM_PAD)
     part = tl.arange(0, SPLITS)
     slot = (sequence * HEADS + head) * SPLITS
     present = (part < parts)[:, None] & (lane < GROUP)[None, :]
-    at = partial_lse + (slot + part)[:, None] * GROUP + lane[None, :]
-    every = tl.load(at, mask=present, other=float("-inf"), cache_modifier=".cg")
-    # Lanes past the group have no parts at all; 0 keeps them from becoming NaN.
+    at = (slot + part)[:, None] * GROUP + lane[None, :]
+    every = tl.load(partial_lse + at, mask=present, other=float("-inf"), cache_modifier=".cg")
+    # Lanes past the group have no parts at all; 0 and 1 keep them from becoming NaN.
     best = tl.where(lane < GROUP, tl.max(every, 0), 0.0)
-    total = tl.sum(tl.exp2(every - best[None, :]), 0)
-    weighted = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-    inside = (lane < GROUP)[:, None] & (dim < DIM)[None, :]
-    place = lane[:, None] * DIM + dim[None, :]
-    for index in tl.static_range(SPLITS):
-        here = (lane < GROUP) & (lane * 0 + index < parts)
-        at = partial + (slot + index) * (GROUP * DIM) + place
-        value = tl.load(at, mask=here[:, None] & (dim < DIM)[None, :], other=0.0, cache_modifier=".cg")
-        own = tl.load(partial_lse + (slot + index) * GROUP + lane, mask=here, other=float("-inf"), cache_modifier=".cg")
-        weighted += value * tl.exp2(own - best)[:, None]
-    total = tl.where(lane < GROUP, total, 1.0)
-    result = weighted / total[:, None]
+    weight = tl.exp2(every - best[None, :])
+    total = tl.where(lane < GROUP, tl.sum(weight, 0), 1.0)
+    share = weight / total[None, :]
     row = (sequence * HEADS + head) * GROUP
-    tl.store(out + row * DIM + place, result.to(out.dtype.element_ty), mask=inside)
+    stretch: tl.constexpr = min(DIM_PAD, max(16, 8192 // (SPLITS * GROUP_PAD)))
+    for first in tl.static_range(0, DIM_PAD, stretch):
+        dim = first + tl.arange(0, stretch)
+        readable = present[:, :, None] & (dim < DIM)[None, None, :]
+        value = tl.load(
+            partial + at[:, :, None] * DIM + dim[None, None, :], mask=readable, other=0.0, cache_modifier=".cg"
+        )
+        result = tl.sum(value * share[:, :, None], 0)
+        inside = (lane < GROUP)[:, None] & (dim < DIM)[None, :]
+        tl.store(out + (row + lane)[:, None] * DIM + dim[None, :], result.to(out.dtype.element_ty), mask=inside)
     _store_lse(lse, ring_lse, ring_index, sequence, head, best + tl.log2(total), lane, HEADS, GROUP, HAS_RING)
 
 
