@@ -87,7 +87,7 @@ class DeviceRunner:
             rope=rope,
             cache=cache,
             workspace=_workspace(weights, limits, device),
-            rings=None if observer is None else observer.rings,
+            rings=observer.rings if observer is not None and observer.ring_size else None,
             observer=observer,
         )
         columns = blocks_for(limits.max_seq_len, limits.tokens_per_block)
