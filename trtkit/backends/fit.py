@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trtkit.plan.memory import MemoryPlan, Placement, memory_lines, plan_memory, rank_block_bytes
+from trtkit.plan.memory import Placement, memory_lines, plan_memory, rank_block_bytes
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.errors import CapacityError
-from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.plan import BuildPlan, Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.spec.units import format_gib
@@ -22,7 +21,7 @@ class Sizes:
     """Bytes per device. `device_bytes` is None where the memory is not known; weights and KV are exact.
 
     `min_kv_tokens` is what one request of `max_seq_len` keeps at its peak under the plan's KV policy; `working_bytes`
-    are activations and runtime, modeled; `missing_bytes` is by how much the device is too small for one such request
+    are activations, runtime and what eviction keeps, modeled; `missing_bytes` is by how much the device is too small for one such request
     (or for the pool asked for), 0 if it fits or its memory is not known.
     """
 
@@ -49,13 +48,14 @@ class Sizes:
 def sizes(plan: BuildPlan) -> Sizes:
     """What a plan needs. The embedded engine merges all ranks on one device; the others hold one rank each."""
     placement = _placement(plan)
-    memory = _memory(plan, placement)
+    memory = plan_memory(placement)
+    per_token = rank_block_bytes(placement) // plan.limits.tokens_per_block
     return Sizes(
         devices=placement.parallel.world_size,
         weight_bytes=memory.weight_bytes,
-        working_bytes=memory.activation_bytes + memory.runtime_bytes,
-        kv_bytes_per_token=rank_block_bytes(placement) // plan.limits.tokens_per_block,
-        min_kv_tokens=memory.sequence_tokens,
+        working_bytes=memory.activation_bytes + memory.runtime_bytes + memory.eviction_bytes,
+        kv_bytes_per_token=per_token,
+        min_kv_tokens=memory.peak_bytes // per_token,
         kv_pool_bytes=plan.limits.kv_memory_bytes,
         device_bytes=memory.device_bytes or None,
         missing_bytes=memory.missing_bytes if memory.device_bytes else 0,
@@ -77,20 +77,6 @@ def _placement(plan: BuildPlan) -> Placement:
         limits=plan.limits,
         target=plan.target,
     )
-
-
-def _memory(plan: BuildPlan, placement: Placement) -> MemoryPlan:
-    """The planner's answer for one request at its peak; between two steps an evicted cache is smaller."""
-    if plan.kv.is_full:
-        return plan_memory(placement, sequence_tokens=_whole_blocks(plan, plan.limits.max_seq_len))
-    budget = plan.kv.resolved(plan.limits.max_seq_len).budget or plan.limits.max_seq_len
-    peak = min(plan.limits.max_seq_len, budget + plan.limits.max_num_tokens)
-    return plan_memory(replace(placement, policy=KVPolicySpec()), sequence_tokens=_whole_blocks(plan, peak))
-
-
-def _whole_blocks(plan: BuildPlan, tokens: int) -> int:
-    block = plan.limits.tokens_per_block
-    return -(-tokens // block) * block
 
 
 def check_fit(plan: BuildPlan) -> Sizes:

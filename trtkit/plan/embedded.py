@@ -21,7 +21,8 @@ _SAMPLING_BYTES = 48
 _RING_QUERIES = 16
 _RING_LSE_BYTES = 4
 _LEDGER_SLOT_BYTES = 8
-_MIN_PIECE, _PIECES_PER_BUDGET = 256, 8
+_PIECE_ON_GPU, _PIECE_ON_CPU = (256, 8), (32, 32)
+"""Tokens of a prompt between two evictions: at least so many, or that share of a larger budget."""
 
 
 def activation_bytes(model: ModelSpec, quant: QuantSpec, limits: Limits) -> int:
@@ -43,6 +44,12 @@ def runtime_bytes(quant: QuantSpec) -> int:
     return CONTEXT_BYTES + (WORKSPACE_BYTES if quant.is_weight_only else 0)
 
 
+def piece_tokens(budget: int, *, on_gpu: bool) -> int:
+    """Tokens of a prompt between two evictions, beyond the budget (see docs/h2o.md)."""
+    least, parts = _PIECE_ON_GPU if on_gpu else _PIECE_ON_CPU
+    return max(least, budget // parts)
+
+
 def eviction_bytes(model: ModelSpec, quant: QuantSpec, limits: Limits, policy: KVPolicySpec) -> int:
     """Rings of queries and ledgers of a full batch of the longest requests, held whether or not they run.
 
@@ -51,8 +58,8 @@ def eviction_bytes(model: ModelSpec, quant: QuantSpec, limits: Limits, policy: K
     if policy.is_full:
         return 0
     budget = policy.resolved(limits.max_seq_len).budget or limits.max_seq_len
-    piece = max(_MIN_PIECE, budget // _PIECES_PER_BUDGET, policy.interval or limits.tokens_per_block)
-    slots = min(budget + piece, limits.max_seq_len)
+    most = max(piece_tokens(budget, on_gpu=True), policy.interval or limits.tokens_per_block)
+    slots = min(budget + most, limits.max_seq_len)
     ledger = model.num_layers * model.num_kv_heads * slots * _LEDGER_SLOT_BYTES
     place = model.num_layers * model.num_heads * (model.head_dim * quant.compute.bits // 8 + _RING_LSE_BYTES)
     return limits.max_batch_size * (_RING_QUERIES * place + ledger)

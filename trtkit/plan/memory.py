@@ -31,7 +31,8 @@ class MemoryPlan:
     """Bytes of one rank (the largest pipeline stage). `kv_blocks` x `block_bytes` is the pool exactly.
 
     `max_sequences` is how many requests of `sequence_tokens` fit the pool at once, None where the pool is 0.
-    `missing_bytes` is by how much one such request does not fit; 0 if it does.
+    `peak_bytes` is what one such request holds at its fullest and `missing_bytes` by how much that does not fit; 0 if
+    it does.
     """
 
     weights: Mapping[str, int]
@@ -46,6 +47,7 @@ class MemoryPlan:
     sequence_tokens: int
     max_sequences: int
     missing_bytes: int
+    peak_bytes: int
     eviction_bytes: int = 0
 
     @property
@@ -117,12 +119,28 @@ def eviction_bytes(placement: Placement) -> int:
 
 
 def sequence_blocks(placement: Placement, tokens: int) -> int:
-    """Blocks of one request at its peak: its tokens, or its budget and the chunk that arrives before an eviction."""
+    """Blocks of one request while it decodes: its tokens, or its budget and what arrives before an eviction."""
     if not placement.policy.is_full:
         budget = placement.policy.resolved(tokens).budget or tokens
         slack = placement.policy.interval or placement.limits.tokens_per_block
         tokens = min(tokens, budget + slack)
     return -(-tokens // placement.limits.tokens_per_block)
+
+
+def peak_blocks(placement: Placement, tokens: int) -> int:
+    """Blocks of one request at its fullest: while its prompt is read, a whole chunk of it lies beside the budget.
+
+    Our own engine cuts prompts into pieces; TensorRT-LLM evicts once a step, after up to `max_num_tokens` tokens.
+    """
+    policy, limits = placement.policy, placement.limits
+    if policy.is_full:
+        return sequence_blocks(placement, tokens)
+    budget = policy.resolved(tokens).budget or tokens
+    chunk = limits.max_num_tokens
+    if placement.target == "embedded":
+        chunk = min(chunk, embedded.piece_tokens(budget, on_gpu=placement.is_embedded_on_gpu))
+    chunk = max(chunk, policy.interval or limits.tokens_per_block)
+    return -(-min(tokens, budget + chunk) // limits.tokens_per_block)
 
 
 def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> MemoryPlan:
@@ -143,8 +161,8 @@ def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> 
         most = limits.max_batch_size * -(-limits.max_seq_len // limits.tokens_per_block)
         blocks = min(most, int(max(free, 0) * limits.kv_fraction) // block)
     tokens = sequence_tokens or limits.max_seq_len
-    per_sequence = sequence_blocks(placement, tokens)
-    missing = max(0, per_sequence - blocks) * block + max(0, -free) + max(0, blocks * block - max(free, 0))
+    per_sequence, peak = sequence_blocks(placement, tokens), peak_blocks(placement, tokens)
+    missing = max(0, peak - blocks) * block + max(0, -free) + max(0, blocks * block - max(free, 0))
     return MemoryPlan(
         weights=weights,
         weight_bytes=held,
@@ -158,6 +176,7 @@ def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> 
         sequence_tokens=tokens,
         max_sequences=blocks // per_sequence if missing == 0 else 0,
         missing_bytes=missing,
+        peak_bytes=peak * block,
         eviction_bytes=evicting,
     )
 

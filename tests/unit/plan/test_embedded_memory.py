@@ -4,7 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from trtkit.engine.device.eviction import device_piece
+from trtkit.engine.eviction import prefill_piece
+from trtkit.kv.policy import Budget
 from trtkit.plan.ask import LoadPoint, ask
+from trtkit.plan.embedded import piece_tokens
 from trtkit.plan.memory import MemoryPlan, Placement, memory_lines, plan_memory
 from trtkit.plan.names import precision_from
 from trtkit.spec.catalog import gpu_spec, model_preset
@@ -67,9 +71,27 @@ def test_the_whole_is_the_sum_of_its_parts_and_the_lines_name_them() -> None:
 
 
 @pytest.mark.parametrize("kv", ["full", "h2o:50%"])
-def test_a_cpu_engine_is_planned_as_before(kv: str) -> None:
+def test_on_a_cpu_only_the_peak_of_an_evicted_prompt_is_the_engines_own(kv: str) -> None:
     ours = plan_memory(placement("cpu", kv, max_batch_size=2))
-    assert ours == plan_memory(replace(placement("cpu", kv, max_batch_size=2), target="tensorrt"))
+    theirs = plan_memory(replace(placement("cpu", kv, max_batch_size=2), target="tensorrt"))
+    assert ours == replace(theirs, peak_bytes=ours.peak_bytes, missing_bytes=ours.missing_bytes)
+    assert (ours.peak_bytes < theirs.peak_bytes) == (kv != "full")
+
+
+def test_a_prompt_holds_its_budget_and_a_piece_here_and_a_whole_step_under_tensorrt_llm() -> None:
+    ours = placement(kv="h2o:50%", max_num_tokens=1024)
+    blocks = [
+        found.peak_bytes // found.block_bytes for found in map(plan_memory, (ours, replace(ours, target="pytorch")))
+    ]
+    assert blocks == [-(-(2176 + 272) // 32), 3200 // 32]
+
+
+@pytest.mark.parametrize("budget", [64, 2048, 16384])
+def test_pieces_are_planned_as_the_engine_cuts_them(budget: int) -> None:
+    limits = Limits(max_num_tokens=1 << 20)
+    resolved = Budget(tokens=budget, sinks=4, recent=32, interval=32)
+    assert piece_tokens(budget, on_gpu=False) == prefill_piece(resolved, limits)
+    assert piece_tokens(budget, on_gpu=True) == device_piece(resolved, limits)
 
 
 def test_nothing_is_forecast_for_an_engine_that_nobody_measured_on_a_gpu() -> None:
