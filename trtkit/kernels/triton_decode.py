@@ -199,31 +199,39 @@ def _combine(
 ):  # fmt: skip
     """Add up the parts of one sequence and KV head. Loads bypass L1, which may hold what an earlier launch left.
 
-    All parts of a stretch of the head dim are asked for at once: one trip to L2 for the stretch, not one for a part.
+    All parts of a stretch of the head dim are asked for at once, the first stretch together with the weights: one trip
+    to L2 instead of one for each part.
     """
     lane = tl.arange(0, GROUP_PAD)
     part = tl.arange(0, SPLITS)
     slot = (sequence * HEADS + head) * SPLITS
     present = (part < parts)[:, None] & (lane < GROUP)[None, :]
     at = (slot + part)[:, None] * GROUP + lane[None, :]
+    stretch: tl.constexpr = min(DIM_PAD, max(16, 16384 // (SPLITS * GROUP_PAD)))
     every = tl.load(partial_lse + at, mask=present, other=float("-inf"), cache_modifier=".cg")
+    value = _stretch(partial, at, present, 0, DIM, stretch)
     # Lanes past the group have no parts at all; 0 and 1 keep them from becoming NaN.
     best = tl.where(lane < GROUP, tl.max(every, 0), 0.0)
     weight = tl.exp2(every - best[None, :])
     total = tl.where(lane < GROUP, tl.sum(weight, 0), 1.0)
     share = weight / total[None, :]
     row = (sequence * HEADS + head) * GROUP
-    stretch: tl.constexpr = min(DIM_PAD, max(16, 8192 // (SPLITS * GROUP_PAD)))
     for first in tl.static_range(0, DIM_PAD, stretch):
-        dim = first + tl.arange(0, stretch)
-        readable = present[:, :, None] & (dim < DIM)[None, None, :]
-        value = tl.load(
-            partial + at[:, :, None] * DIM + dim[None, None, :], mask=readable, other=0.0, cache_modifier=".cg"
-        )
         result = tl.sum(value * share[:, :, None], 0)
+        dim = first + tl.arange(0, stretch)
         inside = (lane < GROUP)[:, None] & (dim < DIM)[None, :]
         tl.store(out + (row + lane)[:, None] * DIM + dim[None, :], result.to(out.dtype.element_ty), mask=inside)
+        if first + stretch < DIM_PAD:
+            value = _stretch(partial, at, present, first + stretch, DIM, stretch)
     _store_lse(lse, ring_lse, ring_index, sequence, head, best + tl.log2(total), lane, HEADS, GROUP, HAS_RING)
+
+
+@triton.jit
+def _stretch(partial, at, present, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Some columns of all parts, [SPLITS, GROUP_PAD, WIDTH]."""
+    dim = first + tl.arange(0, WIDTH)
+    mask = present[:, :, None] & (dim < DIM)[None, None, :]
+    return tl.load(partial + at[:, :, None] * DIM + dim[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit

@@ -112,7 +112,7 @@ def key_offsets(
     `first` is a multiple of TILE. Triton stages the table as it stages the keys that hang on it, so of `num_stages`
     only every second one holds keys: 5 stages keep two tiles of keys in flight, 7 keep three. Few table entries are
     loaded one by one: from a table loaded as a tensor Triton 3.6 makes code around which ptxas waits for every
-    single tensor-core instruction of prefill (its remark C7515), and a fifth more instructions in decode.
+    single tensor-core instruction of prefill (its remark C7515), and two fifths more instructions in decode.
     """
     lane = tl.arange(0, TILE)
     if BLOCK % TILE == 0:

@@ -107,10 +107,11 @@ def test_any_number_of_parts_gives_the_same_attention(splits):
     assert_decodes(triton_decode.paged_decode_attention(queries, batch, splits=splits), queries, batch)
 
 
-def test_parts_of_a_group_that_is_no_power_of_two_add_up():
-    batch = make_batch((400,), dim=48)
-    queries = randn(1, 6, 48)
-    assert_decodes(triton_decode.paged_decode_attention(queries, batch, splits=4), queries, batch)
+@pytest.mark.parametrize(("group", "dim", "splits"), [(3, 48, 4), (16, 128, 16), (1, 64, 16)])
+def test_parts_add_up_for_odd_groups_and_in_several_stretches(group, dim, splits):
+    batch = make_batch((400, 1100), dim=dim, block=32, heads=1)
+    queries = randn(2, group, dim)
+    assert_decodes(triton_decode.paged_decode_attention(queries, batch, splits=splits), queries, batch)
 
 
 def test_a_workspace_serves_launch_after_launch_and_smaller_batches():
