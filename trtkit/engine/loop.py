@@ -73,7 +73,16 @@ class EmbeddedEngine:
         self._block_bytes = block_bytes(model, limits.tokens_per_block, kv_dtype)
         self._vocab_size = model.vocab_size
         self._eos_ids = frozenset(model.eos_ids)
-        self._info = EngineInfo(
+        self._info = self._described(weights, cache, device)
+        self._active: dict[str, Sequence] = {}
+        self._seeds: dict[str, int] = {}
+        self._cancelled: set[str] = set()
+        self._arrivals = 0
+        self._busy = self._closed = False
+
+    def _described(self, weights: ModelWeights, cache: PagedCache, device: str) -> EngineInfo:
+        limits, model = self._limits, weights.model
+        return EngineInfo(
             target="embedded",
             device=device,
             vocab_size=model.vocab_size,
@@ -88,11 +97,6 @@ class EmbeddedEngine:
             notes=self._runner.notes,
             device_memory=self._runner.memory,
         )
-        self._active: dict[str, Sequence] = {}
-        self._seeds: dict[str, int] = {}
-        self._cancelled: set[str] = set()
-        self._arrivals = 0
-        self._busy = self._closed = False
 
     @property
     def info(self) -> EngineInfo:

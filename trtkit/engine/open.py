@@ -72,16 +72,9 @@ def open_embedded(
         CapacityError: not even one block fits the KV memory.
     """
     plan = bundle.manifest.plan
-    allowed = [field.name for field in fields(Limits)]
-    unknown = sorted(set(limits) - set(allowed))
-    if unknown:
-        raise UsageError(
-            f"no limit is called {', '.join(unknown)}; there are {', '.join(allowed)}, kv, dtype, kv_dtype, device, path"
-        )
-    given = {name: value for name, value in limits.items() if value is not None}
     compute = DType.parse(dtype) if isinstance(dtype, str) else dtype
     setup = _Setup(
-        limits=replace(plan.limits, **given),  # type: ignore[arg-type]
+        limits=_changed(plan.limits, limits),
         kv_dtype=_cache_type(plan.quant, compute, DType.parse(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype),
         kv_policy=parse_kv_policy(kv) if isinstance(kv, str) else kv or plan.kv,
         device=chosen_device(device, plan.gpu),
@@ -102,6 +95,17 @@ def open_embedded(
         else:
             weights = load_weights(bundle.checkpoint_dir, dtype=compute, device=setup.device)[0]
     return _assemble(weights, setup)
+
+
+def _changed(limits: Limits, given: Mapping[str, int | None]) -> Limits:
+    """The plan's limits with those given in their place."""
+    allowed = [field.name for field in fields(Limits)]
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise UsageError(
+            f"no limit is called {', '.join(unknown)}; there are {', '.join(allowed)}, kv, dtype, kv_dtype, device, path"
+        )
+    return replace(limits, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def open_checkpoint(

@@ -45,10 +45,13 @@ def fresh_seed() -> int:
 
 
 def _draw(logits_V: Tensor, how: Sampling, u: float) -> int:
-    """Inverse transform over the tokens that pass the filters, most likely first."""
-    scaled = logits_V.double() / how.temperature
-    count = min(how.top_k or scaled.numel(), scaled.numel())
-    values, ids = scaled.topk(count)
+    """Inverse transform over the tokens that pass the filters, most likely first, the lower id first of equals.
+
+    Equals are common in 16 bits, and the order of `topk` among them is nobody's promise; the device path orders alike.
+    """
+    values, ids = (logits_V.double() / how.temperature).sort(descending=True, stable=True)
+    count = min(how.top_k or values.numel(), values.numel())
+    values, ids = values[:count], ids[:count]
     cumulative = values.softmax(dim=0).cumsum(dim=0)
     if how.top_p < 1:
         # The nucleus is the shortest head whose mass reaches top_p; the first token is always in it.

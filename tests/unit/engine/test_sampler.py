@@ -62,3 +62,13 @@ def test_logits_that_are_no_numbers_are_reported_and_spare_the_neighbour(bad: fl
     rows = torch.tensor([[1.0, bad], [1.0, 0.0]])
     tokens = sample(rows, [Sampling(temperature=temperature, top_k=1)] * 2, [(0, 0), (0, 0)])
     assert tokens == [NOT_A_NUMBER, 0]
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_of_equal_logits_the_lower_id_comes_first(top_k: int):
+    logits = torch.zeros(1, 1000)
+    how = Sampling(temperature=1.0, top_k=top_k)
+    counted = top_k or 1000
+    for seed in range(8):
+        expected = int(uniform(seed, 0) * counted)
+        assert sample(logits, [how], [(seed, 0)]) == [expected]
