@@ -74,9 +74,10 @@ def _one_layer(dtype):
 
 CASES = {
     "decode bf16": lambda: _decode(torch.bfloat16),
-    "decode fp16, one part": lambda: _decode(torch.float16, splits=1, ring=False),
     "decode bf16, fp8 cache": lambda: _decode(torch.bfloat16, FP8, splits=4),
-    "decode bf16, odd shape": lambda: _decode(torch.bfloat16, group=3, splits=2, dim=96, block=16, heads=2),
+    "decode fp16, odd shape, one part": lambda: _decode(
+        torch.float16, group=3, splits=1, ring=False, dim=96, block=16, heads=2
+    ),
     "decode fp32": lambda: _decode(torch.float32, group=4, splits=2, dim=64, heads=2),
     "prefill bf16": lambda: _prefill(torch.bfloat16),
     "prefill bf16, fp8 cache": lambda: _prefill(torch.bfloat16, FP8, block=64),
