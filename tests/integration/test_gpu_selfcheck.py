@@ -44,18 +44,18 @@ def test_after_a_lost_context_each_family_is_tried_alone_and_the_culprit_is_name
 
     def fake_alone(types: str, family: str, *, rehearse: bool, limit_s: float) -> tuple[tuple[Row, ...], bool]:
         asked.append(f"{types} {family}")
-        return (row(family, ok=family != "paged"),), family == "paged"
+        return (row(family, ok=family != "decode"),), family == "decode"
 
     monkeypatch.setattr(selfcheck, "in_this_process", lambda *_, **__: (row("matmul", ok=False),))
     monkeypatch.setattr(selfcheck, "context_lost", lambda _: True)
     monkeypatch.setattr(selfcheck, "alone", fake_alone)
     second = list(TYPES)[1]
     record = check_types(CPU, FIRST, EMPTY, deadline_s=float("inf"))
-    assert record.fatal == ("paged",)
-    assert set(record.fallen or {}) == {"paged"}, "what only failed beside the culprit is not blamed"
+    assert record.fatal == ("decode",)
+    assert set(record.fallen or {}) == {"decode"}, "what only failed beside the culprit is not blamed"
     record = check_types(CPU, second, record, deadline_s=float("inf"))
     assert asked == [f"{types} {family}" for types in (FIRST, second) for family in FAMILIES]
-    assert "lost the CUDA context, switched off from here on: paged" in selfcheck.lines_of(record)
+    assert "lost the CUDA context, switched off from here on: decode" in selfcheck.lines_of(record)
 
 
 def test_a_whole_context_needs_no_second_process(monkeypatch: pytest.MonkeyPatch):
@@ -68,5 +68,5 @@ def test_a_whole_context_needs_no_second_process(monkeypatch: pytest.MonkeyPatch
 def test_the_families_to_switch_off_are_printed_for_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "selfcheck.json"
     assert (print_fatal(path), capsys.readouterr().out) == (0, "\n")
-    write_record(path, KIND, SelfcheckRecord(rehearsal=True, gpu="cpu", fatal=("paged", "ranking")))
-    assert (print_fatal(path), capsys.readouterr().out) == (0, "paged,ranking\n")
+    write_record(path, KIND, SelfcheckRecord(rehearsal=True, gpu="cpu", fatal=("score", "ranking")))
+    assert (print_fatal(path), capsys.readouterr().out) == (0, "score,ranking\n")

@@ -23,10 +23,10 @@ _EVICTED = 96
 def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
     """Decode, prefill, scores, compaction and ranking."""
     bound = BOUNDS[shape.dtype]
-    yield Check(family="paged", name="decode attention", bound=bound, run=partial(_decode, device, shape))
-    yield Check(family="paged", name="prefill attention", bound=bound, run=partial(_prefill, device, shape))
-    yield Check(family="paged", name="scores of all layers", bound=bound, run=partial(_scores, device, shape))
-    yield Check(family="paged", name="compaction", bound=0.0, run=partial(_compaction, device, shape))
+    yield Check(family="decode", name="decode attention", bound=bound, run=partial(_decode, device, shape))
+    yield Check(family="prefill", name="prefill attention", bound=bound, run=partial(_prefill, device, shape))
+    yield Check(family="score", name="scores of all layers", bound=bound, run=partial(_scores, device, shape))
+    yield Check(family="compact", name="compaction", bound=0.0, run=partial(_compaction, device, shape))
     yield Check(family="ranking", name="keeping the best", bound=0.0, run=partial(_ranking, device, shape))
     yield Check(family="ranking", name="bad slots are flagged", bound=0.0, run=partial(_flags, device))
 

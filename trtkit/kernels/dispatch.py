@@ -1,7 +1,7 @@
 """Which implementation runs: the Triton kernel on CUDA, its torch twin elsewhere and wherever a kernel was switched off.
 
-A family is one module of kernels. The self-check of `trtkit.kernels.selfcheck` switches a family off when it is wrong on
-the device at hand; so does the environment variable TRTKIT_KERNELS_OFF ("paged,ranking"). The reason is kept and
+A family is kernels that stand or fall together. The self-check of `trtkit.kernels.selfcheck` switches a family off when it is wrong on
+the device at hand; so does the environment variable TRTKIT_KERNELS_OFF ("score,ranking"). The reason is kept and
 reported.
 """
 
@@ -14,13 +14,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-FAMILIES = ("matmul", "fused", "sampling", "paged", "ranking")
+FAMILIES = ("matmul", "fused", "sampling", "decode", "prefill", "score", "compact", "ranking")
 SWITCH = "TRTKIT_KERNELS_OFF"
 _ASSUMED_MULTIPROCESSORS = 132
 """Of an H100 SXM: what grids are sized for where no GPU can be asked (compile tests, the interpreter)."""
 
 
-def use_triton(tensor: Tensor, family: str = "paged") -> bool:
+def use_triton(tensor: Tensor, family: str) -> bool:
     """Whether `family`'s kernels run on `tensor` instead of their twins."""
     return tensor.is_cuda and triton_is_installed() and family not in _switched_off()
 

@@ -72,7 +72,7 @@ def paged_decode_attention(  # noqa: PLR0913 - outputs the caller may own, all b
     Returns:
         Output [B, Hq, D] in the queries' type and the natural log-sum-exp of the scaled logits, fp32 [B, Hq].
     """
-    if use_triton(queries_BHD):
+    if use_triton(queries_BHD, "decode"):
         from trtkit.kernels import triton_decode
 
         return triton_decode.paged_decode_attention(
@@ -119,7 +119,7 @@ def paged_prefill_attention(  # noqa: PLR0913 - outputs the caller may own, by k
     Returns:
         Output [R, Hq, D] in the queries' type and the natural log-sum-exp of the scaled logits, fp32 [R, Hq].
     """
-    if use_triton(queries_RHD):
+    if use_triton(queries_RHD, "prefill"):
         from trtkit.kernels import triton_prefill
 
         return triton_prefill.paged_prefill_attention(
@@ -143,7 +143,7 @@ def score_paged(
     Returns:
         fp32 [B, H, N]; zero past a sequence's length.
     """
-    if use_triton(lse_RH):
+    if use_triton(lse_RH, "score"):
         from trtkit.kernels import triton_paged
 
         return triton_paged.score_paged(queries, lse_RH, weights_R, batch, positions)
@@ -186,7 +186,7 @@ def score_layers(  # noqa: PLR0913, PLR0917 - queries, keys and ledger of one se
     """
     chosen = storage if layers is None else storage[layers]
     arguments = (queries_LRHD, lse_LRH, weights_R, chosen, table_M, length, positions_LHN, query_positions_R)
-    if use_triton(storage):
+    if use_triton(storage, "score"):
         from trtkit.kernels import triton_score
 
         return triton_score.score_layers(*arguments, out=out, carry=carry)
@@ -201,7 +201,7 @@ def compact_paged(cache: Tensor, blocks_BM: Tensor, moves_M4: Tensor) -> None:
         blocks_BM: int32 block tables.
         moves_M4: int32 [moves, 4]: sequence, KV head, source slot, target slot; no target is any move's source.
     """
-    if use_triton(cache):
+    if use_triton(cache, "compact"):
         from trtkit.kernels import triton_paged
 
         triton_paged.compact_paged(cache, blocks_BM, moves_M4)
@@ -230,7 +230,7 @@ def compact_layers(
         mass_LHC: fp32 ledger that moves along, last axis contiguous, if any.
         positions_LHC: int32 ledger that moves along, last axis contiguous, if any.
     """
-    if use_triton(storage):
+    if use_triton(storage, "compact"):
         from trtkit.kernels import triton_compact
 
         triton_compact.compact_layers(storage, table_M, keep_RK, length, mass_LHC, positions_LHC)

@@ -106,7 +106,7 @@ def test_without_carry_what_was_in_the_ledger_is_not_read(implementation):
 
 @pytest.mark.parametrize("on_triton", [True, False])
 def test_some_layers_are_scored_as_among_all(on_triton, monkeypatch):
-    monkeypatch.setattr(paged, "use_triton", lambda tensor: on_triton)
+    monkeypatch.setattr(paged, "use_triton", lambda tensor, family: on_triton)
     case = make_layers(30)
     whole = paged.score_layers(*case.arguments)
     queries, lse, weights, storage, table, length, positions, asked = case.arguments
@@ -186,7 +186,7 @@ def test_a_broken_answer_touches_no_block_but_the_sequences_own(implementation, 
 
 @pytest.mark.parametrize("on_triton", [True, False])
 def test_one_layer_is_compacted_alone(on_triton, monkeypatch):
-    monkeypatch.setattr(paged, "use_triton", lambda tensor: on_triton)
+    monkeypatch.setattr(paged, "use_triton", lambda tensor, family: on_triton)
     case = make_layers(21)
     keep = keep_of(case, 9)
     expected = compacted_by_hand(case, keep)

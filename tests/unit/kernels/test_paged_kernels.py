@@ -145,7 +145,7 @@ def test_a_row_of_no_length_gives_zeros_and_reads_nothing(splits):
 @pytest.mark.parametrize("on_triton", [True, False])
 @pytest.mark.parametrize("splits", [1, 4])
 def test_the_ring_gets_the_lse_of_watched_rows_only(on_triton, splits, monkeypatch):
-    monkeypatch.setattr(paged, "use_triton", lambda tensor: on_triton)
+    monkeypatch.setattr(paged, "use_triton", lambda tensor, family: on_triton)
     batch = make_batch((300, 20, 0, 9), heads=1)
     ring = torch.full((5, 4), 77.0)
     places = torch.tensor([3, -1, 0, 1], dtype=torch.int32)

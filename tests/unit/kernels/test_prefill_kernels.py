@@ -109,7 +109,7 @@ def test_attention_of_one_query_is_decode_attention():
 
 @pytest.mark.parametrize("on_triton", [True, False])
 def test_results_go_where_the_caller_wants_them(on_triton, monkeypatch):
-    monkeypatch.setattr(paged, "use_triton", lambda tensor: on_triton)
+    monkeypatch.setattr(paged, "use_triton", lambda tensor, family: on_triton)
     batch = make_batch([9], heads=1)
     starts, before = pieces([4], [5])
     queries, out, lse = randn(5, 4, 64), torch.empty(5, 4, 64), torch.empty(5, 4)

@@ -70,7 +70,7 @@ def test_a_kernel_that_does_not_run_is_told_in_one_line_and_the_next_family_goes
     failed = next(row for row in rows if not row.ok)
     assert failed.error is None
     assert failed.message == "decode attention: RuntimeError: out of resources: shared memory"
-    assert dispatch.disabled() == {"paged": failed.message}
+    assert dispatch.disabled() == {"decode": failed.message}
     assert [row for row in rows if row.family == "sampling"]
 
 
@@ -118,15 +118,15 @@ def test_random_numbers_of_the_process_are_left_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    self_check(CPU, CheckShape(**SMALL), families=["paged", "ranking"])
+    self_check(CPU, CheckShape(**SMALL), families=["score", "ranking"])
     torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
 
 
 def test_families_named_in_the_environment_are_off(monkeypatch):
-    monkeypatch.setenv(dispatch.SWITCH, "paged, ranking")
+    monkeypatch.setenv(dispatch.SWITCH, "score, ranking")
     dispatch._switched_off.cache_clear()
-    assert set(dispatch.disabled()) == {"paged", "ranking"}
-    assert not {row.family for row in self_check(CPU, CheckShape(**SMALL))} & {"paged", "ranking"}
+    assert set(dispatch.disabled()) == {"score", "ranking"}
+    assert not {row.family for row in self_check(CPU, CheckShape(**SMALL))} & {"score", "ranking"}
     monkeypatch.delenv(dispatch.SWITCH)
     dispatch._switched_off.cache_clear()
 
