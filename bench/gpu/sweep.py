@@ -167,7 +167,7 @@ def _attempt(
     (target,) = open_targets([dummy_bundle(sweep.work_dir, outcome.plan)], sweep.overrides)
     baseline = nvml_baseline() if target.device.startswith("cuda") else None
     started = time.monotonic()
-    left_s = sweep.left_s() - MARGIN_S
+    left_s = max(sweep.left_s() - MARGIN_S, 1.0)
     try:
         timeouts = Timeouts(start_s=left_s, stall_s=left_s, close_s=10.0)
         engine = RemoteEngine(target.path, target.overrides, opener=sweep.opener, timeouts=timeouts)
