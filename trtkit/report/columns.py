@@ -13,6 +13,7 @@ from trtkit.report.model import Column
 from trtkit.spec.codec import digest
 from trtkit.spec.kv import KVFidelity, KVPolicySpec
 from trtkit.spec.plan import BuildPlan
+from trtkit.spec.quant import QuantSpec
 from trtkit.spec.result import BenchResult, EngineRef, Environment, QualityResult
 
 BASELINE, QUANTISED, EVICTING, OPTIMISED = "baseline", "quantised", "kv-pruned", "optimised"
@@ -101,7 +102,7 @@ def _configuration(
         role=role_of(plan),
         engine=engine.name,
         digest=engine.digest,
-        precision=plan.quant.precision.upper(),
+        precision=_precision_title(plan.quant),
         kv=_kv_title(plan.kv, engine.fidelity),
         fidelity=engine.fidelity.value,
         batching=f"batch {plan.limits.max_batch_size}, {plan.limits.max_num_tokens} tokens a step",
@@ -122,7 +123,7 @@ def role_of(plan: BuildPlan) -> str:
 
 
 def _title(engine: EngineRef) -> str:
-    precision, kv = engine.plan.quant.precision.upper(), _kv_title(engine.plan.kv, engine.fidelity)
+    precision, kv = _precision_title(engine.plan.quant), _kv_title(engine.plan.kv, engine.fidelity)
     role = role_of(engine.plan)
     if role == BASELINE:
         return f"Baseline ({precision})"
@@ -131,6 +132,12 @@ def _title(engine: EngineRef) -> str:
     if role == EVICTING:
         return f"KV-pruned ({kv})"
     return f"Optimised ({precision} + {kv})"
+
+
+def _precision_title(quant: QuantSpec) -> str:
+    """The scheme, and the cache's type where that is narrower than what is computed in."""
+    narrow = quant.kv.bits < quant.compute.bits
+    return quant.precision.upper() + (f", {quant.kv.value.upper()} KV" if narrow else "")
 
 
 def _kv_title(policy: KVPolicySpec, fidelity: KVFidelity) -> str:

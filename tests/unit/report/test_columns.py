@@ -6,6 +6,7 @@ import pytest
 from support.synthetic_records import bench, engine, environment, full_set, quality
 
 from trtkit.report.columns import configurations
+from trtkit.spec.dtype import DType
 from trtkit.spec.kv import KVFidelity, parse_kv_policy
 from trtkit.spec.result import BenchResult
 
@@ -55,6 +56,14 @@ def test_every_record_belongs_to_exactly_one_configuration() -> None:
 )
 def test_a_policy_is_called_by_the_name_it_has_earned(fidelity: KVFidelity, policy: str, title: str) -> None:
     assert titles(with_engine("fp32-h2o", fidelity, policy)) == [title]
+
+
+@pytest.mark.parametrize(("kv", "title"), [("fp8", "INT8, FP8 KV"), ("fp32", "INT8"), (None, "INT8")])
+def test_a_cache_narrower_than_the_computation_is_in_the_title(kv: str | None, title: str) -> None:
+    record = bench("int8")
+    quant = record.engine.plan.quant if kv is None else record.engine.plan.quant.with_kv(DType(kv))
+    plan = replace(record.engine.plan, quant=quant)
+    assert titles(replace(record, engine=replace(record.engine, plan=plan))) == [title]
 
 
 def test_only_a_cache_that_is_tuned_otherwise_than_the_baseline_is_called_tuned() -> None:
