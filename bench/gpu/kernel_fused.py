@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.kernel_bench import MAIN, Bench, Case, Other, Pairs, Work, num_bytes
-from trtkit.kernels import fused, sampling
+from trtkit.kernels import fused, matmul, sampling
 
 BOUND = 0.001
 """Two or three roundings to 16 bits."""
@@ -68,6 +68,61 @@ def activation(bench: Bench, tokens: int) -> None:
             family="fused", name="SiLU times up", shape={"T": tokens, "I": width}, dtype="fp16",
             call=lambda index: fused.silu_mul(both[index % copies], out=out), check=check, bound=BOUND,
             copies=copies, work=Work(bytes_moved=3 * num_bytes(out)), other=Other(name="F.silu, mul", call=torchs),
+        )
+    )  # fmt: skip
+
+
+def norm_fp8(bench: Bench, tokens: int) -> None:
+    """Residual addition and norm, written as FP8 rows."""
+    session, width = bench.session, bench.scale.hidden
+    copies = _copies(bench, tokens * width * 5)
+    deltas = [session.randn(tokens, width, dtype=torch.bfloat16, scale=0.01) for _ in range(copies)]
+    residuals = [session.randn(tokens, width, dtype=torch.bfloat16) for _ in range(copies)]
+    weight = session.randn(width, dtype=torch.bfloat16)
+
+    def check() -> Pairs:
+        residual = residuals[0].clone()
+        wide = (residual + deltas[0]).double()
+        quantised, scale = fused.add_rms_norm_fp8(deltas[0], residual, weight, _EPSILON)
+        root = torch.rsqrt(wide.square().mean(1, keepdim=True) + _EPSILON)
+        return [(quantised.float() * scale, wide * root * weight.double())]
+
+    def apart(index: int) -> tuple[Tensor, Tensor]:
+        at = index % copies
+        return matmul.quantise_rows_fp8(fused.add_rms_norm(deltas[at], residuals[at], weight, _EPSILON))
+
+    bench.measure(
+        Case(
+            family="fused", name="add and norm to fp8", shape={"T": tokens, "E": width}, dtype="bf16", check=check,
+            call=lambda index: fused.add_rms_norm_fp8(
+                deltas[index % copies], residuals[index % copies], weight, _EPSILON
+            ),
+            bound=_FP8_BOUND, copies=copies, work=Work(bytes_moved=tokens * (7 * width + 4) + num_bytes(weight)),
+            other=Other(name="our norm, our quantising", call=apart),
+        )
+    )  # fmt: skip
+
+
+def activation_fp8(bench: Bench, tokens: int) -> None:
+    """SiLU of the gate times up, written as FP8 rows."""
+    session, width = bench.session, bench.scale.intermediate
+    copies = _copies(bench, tokens * width * 5)
+    both = [session.randn(tokens, 2 * width, dtype=torch.bfloat16) for _ in range(copies)]
+
+    def check() -> Pairs:
+        gate, up = both[0].double().chunk(2, dim=-1)
+        quantised, scale = fused.silu_mul_fp8(both[0])
+        return [(quantised.float() * scale, F.silu(gate) * up)]
+
+    bench.measure(
+        Case(
+            family="fused", name="SiLU times up to fp8", shape={"T": tokens, "I": width}, dtype="bf16", check=check,
+            call=lambda index: fused.silu_mul_fp8(both[index % copies]), bound=_FP8_BOUND, copies=copies,
+            work=Work(bytes_moved=tokens * (5 * width + 4)),
+            other=Other(
+                name="our SiLU, our quantising",
+                call=lambda index: matmul.quantise_rows_fp8(fused.silu_mul(both[index % copies])),
+            ),
         )
     )  # fmt: skip
 

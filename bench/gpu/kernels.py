@@ -155,6 +155,9 @@ def _fused(bench: Bench) -> list[Item]:
         found.append((f"greedy R={rows}", 1.5, partial(kernel_fused.greedy, bench, rows)))
     rows = bench.scale.batches[-1]
     found.append((f"rotation fp8 T={rows}", 1.5, partial(kernel_fused.rotation, bench, rows, fp8=True)))
+    many = bench.scale.tokens[-1]
+    found.append((f"norm to fp8 T={many}", 1.5, partial(kernel_fused.norm_fp8, bench, many)))
+    found.append((f"activation to fp8 T={many}", 1.5, partial(kernel_fused.activation_fp8, bench, many)))
     found.append((f"sampling R={rows}", 2.0, partial(kernel_fused.drawing, bench, rows)))
     return found
 

@@ -13,6 +13,7 @@ import torch
 from support.device_engines import Replays, device_runner, open_device
 from support.engine_models import fp8_rows, kv_bytes, limits, make_hf, open_hf, quantised, spec_of, trtllm_tensors
 
+from trtkit.engine.device import model
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_tensors
 from trtkit.spec.dtype import DType
@@ -158,6 +159,28 @@ def test_fp8_weights_run_on_both_paths_with_short_and_long_prompts() -> None:
     size = limits(kv_memory_bytes=kv_bytes(spec, 128), max_num_tokens=128)
     expected = _run(open_tensors(spec, tensors, limits=size), requests)
     assert _run(open_tensors(spec, tensors, limits=size, runner_factory=device_runner(spec)), requests) == expected
+
+
+def test_fp8_weights_take_rows_that_norm_and_activation_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps of more than 64 tokens, and in no others."""
+    spec, tensors = spec_of(_hf()), fp8_rows(trtllm_tensors(_hf()))
+    asked: dict[str, list[int]] = {"add_rms_norm_fp8": [], "silu_mul_fp8": [], "fp8_product": []}
+    for name, sizes in asked.items():
+        run = getattr(model, name)
+        index = 1 if name == "add_rms_norm_fp8" else 0
+
+        def counted(*args: Any, run: Any = run, sizes: list[int] = sizes, index: int = index, **kwargs: Any) -> Any:
+            sizes.append(args[index].shape[0])
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(model, name, counted)
+    size = limits(kv_memory_bytes=kv_bytes(spec, 128), max_num_tokens=128)
+    prompt = Request(request_id="long", prompt_ids=tuple(range(3, 93)), max_tokens=3, ignore_eos=True)
+    _run(open_tensors(spec, tensors, limits=size, runner_factory=device_runner(spec)), [prompt])
+    layers = spec.num_layers
+    assert asked["add_rms_norm_fp8"] == [90] * 2 * layers
+    assert asked["silu_mul_fp8"] == [90] * layers
+    assert asked["fp8_product"] == [90] * 3 * layers
 
 
 def test_an_8_bit_cache_is_evicted_too() -> None:

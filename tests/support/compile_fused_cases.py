@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from triton.runtime import driver
 
-from trtkit.kernels import triton_fused
+from trtkit.kernels import triton_fused, triton_fused_fp8
 
 TOKENS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, DIM = 32, 8192, 28672, 64, 8, 128
 
@@ -27,7 +28,23 @@ def _rope(dtype: torch.dtype, cache_dtype: torch.dtype, *, plain: bool) -> None:
     )  # fmt: skip
 
 
+def _norm_fp8(dtype: torch.dtype) -> None:
+    residual = torch.empty(TOKENS, HIDDEN, dtype=dtype)
+    if driver.active.get_current_device() >= 89:  # below, the hardware makes no FP8
+        triton_fused_fp8.add_rms_norm_fp8(residual, residual, torch.empty(HIDDEN, dtype=dtype), 1e-5)
+
+
+def _silu_fp8(dtype: torch.dtype, width: int = INTERMEDIATE) -> None:
+    if driver.active.get_current_device() >= 89:
+        triton_fused_fp8.silu_mul_fp8(torch.empty(TOKENS, 2 * width, dtype=dtype))
+
+
 CASES = {
+    "norm bf16 to fp8": lambda: _norm_fp8(torch.bfloat16),
+    "norm fp32 to fp8": lambda: _norm_fp8(torch.float32),
+    "silu bf16 to fp8": lambda: _silu_fp8(torch.bfloat16),
+    "widest silu to fp8": lambda: _silu_fp8(torch.float16, triton_fused_fp8.MAX_SILU_BYTES // 2),
+    "widest silu fp32 to fp8": lambda: _silu_fp8(torch.float32, triton_fused_fp8.MAX_SILU_BYTES // 4),
     "norm bf16": lambda: _norm(torch.bfloat16, delta=True),
     "first norm bf16": lambda: _norm(torch.bfloat16, delta=False),
     "norm of a row that does not fit registers": lambda: _norm(torch.float16, delta=True, hidden=2 * HIDDEN),

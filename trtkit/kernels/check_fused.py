@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trtkit.kernels import fused, sampling
+from trtkit.kernels.dispatch import disable
 from trtkit.kernels.selfcheck import Answers, Check, CheckShape, Draws
 
 BOUNDS = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5}
@@ -25,6 +26,10 @@ def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
     cached = max(bound, _FP8_BOUND) if shape.kv_dtype is torch.float8_e4m3fn else bound
     yield Check(family="fused", name="norm", bound=bound, run=partial(_norm, device, shape))
     yield Check(family="fused", name="activation", bound=bound, run=partial(_activation, device, shape))
+    if torch.float8_e4m3fn in shape.weight_dtypes:
+        rows = partial(Check, family="fused", bound=_FP8_BOUND, on_failure=_two_kernels_instead)
+        yield rows(name="norm to fp8", run=partial(_norm_fp8, device, shape))
+        yield rows(name="activation to fp8", run=partial(_activation_fp8, device, shape))
     yield Check(family="fused", name="rotation and cache write", bound=cached, run=partial(_rotation, device, shape))
     yield Check(family="fused", name="embedding", bound=0.0, run=partial(_embedding, device, shape))
     yield Check(family="sampling", name="greedy", bound=0.0, run=partial(_greedy, device, shape))
@@ -47,6 +52,45 @@ def _activation(device: torch.device, shape: CheckShape) -> Answers:
     both = Draws(device).normal(_TOKENS, 2 * shape.intermediate_size, dtype=shape.dtype)
     gate, up = both.double().chunk(2, dim=-1)
     yield fused.silu_mul(both), gate * torch.sigmoid(gate) * up
+
+
+def _norm_fp8(device: torch.device, shape: CheckShape) -> Answers:
+    draws = Draws(device)
+    residual, delta = (draws.normal(_TOKENS, shape.hidden_size, dtype=shape.dtype) for _ in range(2))
+    residual[3], delta[3] = 0, 0
+    weight = draws.normal(shape.hidden_size, dtype=shape.dtype)
+    for added in (None, delta):
+        wide = residual.double() if added is None else residual.double() + added.double()
+        quantised, scale = fused.add_rms_norm_fp8(added, residual, weight, _EPSILON)
+        yield residual, wide
+        yield from _in_rows(
+            quantised, scale, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON) * weight
+        )
+
+
+def _activation_fp8(device: torch.device, shape: CheckShape) -> Answers:
+    both = Draws(device).normal(_TOKENS, 2 * shape.intermediate_size, dtype=shape.dtype)
+    both[1] *= 1e-2
+    both[3] = 0
+    gate, up = both.double().chunk(2, dim=-1)
+    yield from _in_rows(*fused.silu_mul_fp8(both), gate * torch.sigmoid(gate) * up)
+    both[0, 5] = torch.nan
+    quantised, _ = fused.silu_mul_fp8(both)
+    not_numbers = quantised.float().isnan().sum(1).double()
+    yield not_numbers, torch.eye(_TOKENS, dtype=torch.float64, device=device)[0]
+
+
+def _in_rows(quantised: Tensor, scale_T1: Tensor, expected: Tensor) -> Answers:
+    """Each row on its own, for errors are held against the largest value compared."""
+    top = expected.abs().amax(1, keepdim=True)
+    yield scale_T1, torch.where(top > 0, top / fused.FP8_MAX, 1.0)
+    for row in range(expected.shape[0]):
+        yield quantised[row].float() * scale_T1[row], expected[row]
+
+
+def _two_kernels_instead() -> bool:
+    disable(fused.FP8_ROWS, "wrong on this device: rows are quantised by a kernel of their own")
+    return True
 
 
 def _rotation(device: torch.device, shape: CheckShape) -> Answers:

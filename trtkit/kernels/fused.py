@@ -14,12 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtkit.kernels.dispatch import use_triton
+from trtkit.kernels.dispatch import has_fp8, use_triton
+from trtkit.kernels.matmul import quantise_rows_fp8
 
 FP8_MAX = 448.0
 """Largest float8_e4m3fn; torch's own cast turns what is larger into NaN."""
 
 _FAMILY = "fused"
+
+FP8_ROWS = "fused_fp8"
+"""What switches the kernels that quantise rows off; two kernels then do the work of each."""
 
 
 def add_rms_norm(
@@ -54,6 +58,32 @@ def silu_mul(gate_up_T2I: Tensor, *, out: Tensor | None = None) -> Tensor:
         return triton_fused.silu_mul(gate_up_T2I, out=out)
     gate, up = gate_up_T2I.chunk(2, dim=-1)
     return _into(out, F.silu(gate).mul_(up))
+
+
+def add_rms_norm_fp8(
+    delta_TE: Tensor | None, residual_TE: Tensor, weight_E: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """`quantise_rows_fp8(add_rms_norm(...))` in one pass; arguments as there.
+
+    Returns:
+        The norm, rounded to the residual's type and then quantised: float8_e4m3fn [T, E] and fp32 scales [T, 1].
+    """
+    if _quantises_at_once(residual_TE):
+        from trtkit.kernels import triton_fused_fp8
+
+        if residual_TE.shape[1] <= triton_fused_fp8.MAX_NORM_WIDTH:
+            return triton_fused_fp8.add_rms_norm_fp8(delta_TE, residual_TE, weight_E, epsilon)
+    return quantise_rows_fp8(add_rms_norm(delta_TE, residual_TE, weight_E, epsilon))
+
+
+def silu_mul_fp8(gate_up_T2I: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise_rows_fp8(silu_mul(gate_up))` in one pass: float8_e4m3fn [T, I] and fp32 scales [T, 1]."""
+    if _quantises_at_once(gate_up_T2I):
+        from trtkit.kernels import triton_fused_fp8
+
+        if gate_up_T2I.shape[1] // 2 * gate_up_T2I.element_size() <= triton_fused_fp8.MAX_SILU_BYTES:
+            return triton_fused_fp8.silu_mul_fp8(gate_up_T2I)
+    return quantise_rows_fp8(silu_mul(gate_up_T2I))
 
 
 def rope_write(  # noqa: PLR0913, PLR0917 - one pass over the projection replaces five kernels, each with its operands
@@ -186,6 +216,10 @@ def _write(
     if cache_layer.element_size() == 1:  # torch cannot index every 8-bit float on every device; bytes it can
         cache_layer, kv_T2HD = cache_layer.view(torch.uint8), kv_T2HD.view(torch.uint8)
     cache_layer[blocks, :, :, slots % size] = kv_T2HD
+
+
+def _quantises_at_once(x: Tensor) -> bool:
+    return use_triton(x, _FAMILY) and use_triton(x, FP8_ROWS) and has_fp8(x.device)
 
 
 def _into(out: Tensor | None, result: Tensor) -> Tensor:

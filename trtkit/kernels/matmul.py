@@ -73,12 +73,51 @@ def fp8_linear(
     return fp8_linear_twin(x_TI, weight_OI, scale_O, bias_O, out=out)
 
 
+def multiplies_fp8(tokens: int, weight_OI: Tensor) -> bool:
+    """Whether `fp8_linear` brings so many activations to FP8, so that whoever makes them may do it instead."""
+    if tokens <= DECODE_ROWS or weight_OI.dtype is not torch.float8_e4m3fn:
+        return False
+    if use_triton(weight_OI, FAMILY):
+        from trtkit.kernels import scaled_mm
+
+        return scaled_mm.fp8_way(weight_OI.device, *weight_OI.shape)[0] != "dequantise"
+    return True
+
+
+def fp8_product(  # noqa: PLR0913 - both operands come with their scales
+    quantised_TI: Tensor,
+    scale_T1: Tensor,
+    weight_OI: Tensor,
+    scale_O: Tensor,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`fp8_linear` of activations that are FP8 already; ask `multiplies_fp8` before making them so.
+
+    Args:
+        quantised_TI: float8_e4m3fn, contiguous, as from `quantise_rows_fp8`.
+        scale_T1: fp32.
+        weight_OI: float8_e4m3fn.
+        scale_O: one scale per output channel.
+        bias_O: added before rounding.
+        dtype: of the result.
+        out: [T, O] in `dtype`, written instead of a new tensor.
+    """
+    if use_triton(quantised_TI, FAMILY):
+        from trtkit.kernels import triton_matmul
+
+        return triton_matmul.fp8_product(quantised_TI, scale_T1, weight_OI, scale_O, bias_O, dtype, out=out)
+    return fp8_product_twin(quantised_TI, scale_T1, weight_OI, scale_O, bias_O, dtype, out=out)
+
+
 def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """Each row as float8_e4m3fn with the scale that brings its largest element to `FP8_MAX`.
 
     Returns:
         The quantised rows [T, I] and fp32 scales [T, 1]; `quantised * scale` is the row again. A row of zeros has
-        scale 1.
+        scale 1, and so has one with NaN, which stays NaN.
     """
     if use_triton(x_TI, FAMILY) and has_fp8(x_TI.device):
         from trtkit.kernels import triton_quantise
@@ -115,12 +154,25 @@ def fp8_linear_twin(
     x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
     """Defines `fp8_linear` above `DECODE_ROWS` tokens: both operands rounded to FP8, fp32 inside."""
-    quantised, scale = quantise_rows_twin(x_TI)
-    product = linear_twin(quantised.float(), weight_OI, scale_O) * scale
+    return fp8_product_twin(*quantise_rows_twin(x_TI), weight_OI, scale_O, bias_O, x_TI.dtype, out=out)
+
+
+def fp8_product_twin(  # noqa: PLR0913 - as `fp8_product`
+    quantised_TI: Tensor,
+    scale_T1: Tensor,
+    weight_OI: Tensor,
+    scale_O: Tensor,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Defines `fp8_product`."""
+    product = linear_twin(quantised_TI.float(), weight_OI, scale_O) * scale_T1
     if bias_O is not None:
         product += bias_O.float()
     if out is None:
-        return product.to(x_TI.dtype)
+        return product.to(dtype)
     return out.copy_(product)
 
 

@@ -28,10 +28,11 @@ _PROBE_SIZE = 256
 _PROBE_TOLERANCE = 0.02
 
 
-def scaled_linear(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, way: str, padding: int) -> Tensor:
-    """`x @ (weight * scale).T` with both operands in FP8, bf16 [T, O]."""
-    quantised, scale_T1 = quantise_rows_fp8(x_TI)
-    rows = x_TI.shape[0]
+def scaled_product(
+    quantised: Tensor, scale_T1: Tensor, weight_OI: Tensor, scale_O: Tensor, way: str, padding: int
+) -> Tensor:
+    """`(quantised * scale_T1) @ (weight * scale_O).T` with both operands in FP8, bf16 [T, O]."""
+    rows = quantised.shape[0]
     missing = -rows % padding
     if missing:
         quantised = F.pad(quantised.view(torch.uint8), (0, 0, 0, missing)).view(quantised.dtype)
@@ -40,7 +41,7 @@ def scaled_linear(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, way: str, pa
     if way == "rowwise":
         product = _multiply(quantised, weight_OI, scale_T1, wide_scale[None, :])
         return product[:rows]
-    one = torch.ones((), dtype=torch.float32, device=x_TI.device)
+    one = torch.ones((), dtype=torch.float32, device=quantised.device)
     product = _multiply(quantised, weight_OI, one, one)
     return (product[:rows].float() * (scale_T1[:rows] * wide_scale)).to(torch.bfloat16)
 
@@ -73,7 +74,7 @@ def _works(device: torch.device, way: str, padding: int) -> bool:
     weight = torch.randn(_PROBE_SIZE, _PROBE_SIZE, generator=generator).to(torch.float8_e4m3fn).to(device)
     scale = torch.rand(_PROBE_SIZE, generator=generator).to(device) + 0.5
     try:
-        found = scaled_linear(x, weight, scale, way, padding).float()
+        found = scaled_product(*quantise_rows_fp8(x), weight, scale, way, padding).float()
     except (RuntimeError, ValueError, AttributeError, NotImplementedError):
         return False
     expected = fp8_linear_twin(x, weight, scale).float()

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, PLR0124, PLR0913, PLR0917
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0913, PLR0917
 # mypy: disable-error-code="no-untyped-def"
 """The Triton kernels behind `trtkit.kernels.fused`; that module says what each computes, and its twins define it.
 
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from trtkit.kernels.triton_fp8 import e4m3
 
 _ROW_BLOCK = 8192
 """Elements of a row held in registers at once: Llama 3 70B's hidden size, 16 a thread with 16 warps."""
@@ -141,7 +143,7 @@ def _add_rms_norm(
         row = tl.load(residual + token * stride_residual + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_DELTA:
             added = tl.load(delta + token * stride_delta + at, mask=inside, other=0.0).to(tl.float32)
-            row = _rounded(row + added, residual)
+            row = rounded(row + added, residual)
             tl.store(residual + token * stride_residual + at, row.to(kind), mask=inside)
         squares += row * row
     scale = tl.math.rsqrt(tl.sum(squares, 0) / WIDTH + epsilon)
@@ -151,7 +153,7 @@ def _add_rms_norm(
         if WIDTH > BLOCK:  # what did not fit in registers comes back from the cache that was just written
             row = tl.load(residual + token * stride_residual + at, mask=inside, other=0.0).to(tl.float32)
             gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + token * stride_out + at, (_rounded(row * scale, residual) * gain).to(kind), mask=inside)
+        tl.store(out + token * stride_out + at, (rounded(row * scale, residual) * gain).to(kind), mask=inside)
 
 
 @triton.jit
@@ -162,7 +164,7 @@ def _silu_mul(gate_up, out, stride_in, stride_out, WIDTH: tl.constexpr, BLOCK: t
     inside = at < WIDTH
     gate = tl.load(gate_up + token * stride_in + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * stride_in + WIDTH + at, mask=inside, other=0.0).to(tl.float32)
-    active = _rounded(gate / (1.0 + tl.exp(-gate)), gate_up)
+    active = rounded(gate / (1.0 + tl.exp(-gate)), gate_up)
     tl.store(out + token * stride_out + at, (active * up).to(out.dtype.element_ty), mask=inside)
 
 
@@ -196,8 +198,8 @@ def _rope_write(
     cos = tl.load(cosines + angle, mask=half < DIM // 2, other=0.0).to(tl.float32)
     sin = tl.load(sines + angle, mask=half < DIM // 2, other=0.0).to(tl.float32)
     upper, lower = (
-        _rounded(_rounded(upper * cos, qkv) - lower * sin, qkv),
-        _rounded(_rounded(lower * cos, qkv) + upper * sin, qkv),
+        rounded(rounded(upper * cos, qkv) - lower * sin, qkv),
+        rounded(rounded(lower * cos, qkv) + upper * sin, qkv),
     )
     queries = inside & is_query
     _store_halves(q_out + (token.to(tl.int64) * QUERY_HEADS + head) * DIM + half, upper, lower, queries, DIM // 2)
@@ -217,7 +219,7 @@ def _rope_write(
     )
     upper, lower = tl.where(is_value, first, upper), tl.where(is_value, second, lower)
     if FP8:
-        upper, lower = _e4m3(upper), _e4m3(lower)
+        upper, lower = e4m3(upper), e4m3(lower)
     _store_halves(target, upper, lower, inside & (head >= QUERY_HEADS) & (slot >= 0), DIM // 2)
 
 
@@ -225,11 +227,12 @@ def _rope_write(
 def _scaled(x, scale, q_norm, k_norm, is_query, half, COUNT: tl.constexpr, like):
     query = tl.load(q_norm + half, mask=half < COUNT, other=0.0).to(tl.float32)
     key = tl.load(k_norm + half, mask=half < COUNT, other=0.0).to(tl.float32)
-    return _rounded(_rounded(x * scale, like) * tl.where(is_query, query, key), like)
+    return rounded(rounded(x * scale, like) * tl.where(is_query, query, key), like)
 
 
 @triton.jit
-def _rounded(x, like):
+def rounded(x, like):
+    """As if stored in the type of `like`; float32."""
     return x.to(like.dtype.element_ty).to(tl.float32)
 
 
@@ -237,19 +240,6 @@ def _rounded(x, like):
 def _store_halves(target, upper, lower, mask, DISTANCE: tl.constexpr):
     tl.store(target, upper.to(target.dtype.element_ty), mask=mask)
     tl.store(target + DISTANCE, lower.to(target.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _e4m3(x):
-    # float8_e4m3fn as a byte, rounded to nearest even, saturated, NaN kept. By hand: Ampere has no such conversion.
-    bits = x.to(tl.int32, bitcast=True)
-    size = tl.minimum(tl.abs(x), 448.0)
-    size_bits = size.to(tl.int32, bitcast=True)
-    normal = ((size_bits + 0x7FFFF + ((size_bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    # Below 2^-6 steps are 2^-9 wide, as wide as those of a float32 at 2^14: adding that rounds.
-    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(size < 0.015625, small, normal) | ((bits >> 24) & 0x80)
-    return tl.where(x != x, 0x7F, code)
 
 
 @triton.jit(do_not_specialize_on_alignment=["token_ids"])

@@ -46,8 +46,8 @@ from trtkit.kernels.matmul_tiles import (
     partial_elements,
     token_width,
 )
-from trtkit.kernels.scaled_mm import fp8_way, scaled_linear
-from trtkit.kernels.triton_quantise import dequantise, kind_of
+from trtkit.kernels.scaled_mm import fp8_way, scaled_product
+from trtkit.kernels.triton_quantise import dequantise, kind_of, quantise_rows_fp8
 from trtkit.kernels.triton_widen import widen
 
 
@@ -135,14 +135,30 @@ def fp8_linear(
     x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None, *, out: Tensor | None = None
 ) -> Tensor:
     """See `trtkit.kernels.matmul.fp8_linear`."""
-    way, padding = fp8_way(x_TI.device, *weight_OI.shape)
-    if way == "dequantise":
+    if fp8_way(x_TI.device, *weight_OI.shape)[0] == "dequantise":
         return linear(x_TI, weight_OI, scale_O, bias_O, out=out)
-    product = scaled_linear(x_TI, weight_OI, scale_O, way, padding)
+    return fp8_product(*quantise_rows_fp8(x_TI), weight_OI, scale_O, bias_O, x_TI.dtype, out=out)
+
+
+def fp8_product(
+    quantised_TI: Tensor,
+    scale_T1: Tensor,
+    weight_OI: Tensor,
+    scale_O: Tensor,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `trtkit.kernels.matmul.fp8_product`."""
+    way, padding = fp8_way(quantised_TI.device, *weight_OI.shape)
+    if way == "dequantise":
+        return linear((quantised_TI.float() * scale_T1).to(dtype), weight_OI, scale_O, bias_O, out=out)
+    product = scaled_product(quantised_TI, scale_T1, weight_OI, scale_O, way, padding)
     if bias_O is not None:
         product += bias_O
     if out is None:
-        return product.to(x_TI.dtype)
+        return product.to(dtype)
     return out.copy_(product)
 
 

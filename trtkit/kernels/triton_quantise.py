@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.kernels.matmul_configs import INTERPRETED
+from trtkit.kernels.triton_fp8 import magnitude, row_scale, to_e4m3
 from trtkit.kernels.triton_widen import widen
 
 
@@ -33,7 +34,7 @@ def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     if tokens:
         block = min(8192, triton.next_power_of_2(inputs))
         _quantise_rows[(tokens,)](
-            x_TI, quantised, scale, inputs, x_TI.stride(0), BI=block, ROUND=INTERPRETED, num_warps=8
+            x_TI, quantised, scale, inputs, x_TI.stride(0), BI=block, BY_HAND=INTERPRETED, num_warps=8
         )
     return quantised, scale
 
@@ -59,21 +60,15 @@ def _dequantise(weight, scale, out, I, KIND: tl.constexpr, BI: tl.constexpr, ASM
 
 
 @triton.jit
-def _quantise_rows(x, quantised, scale, I, stride_x, BI: tl.constexpr, ROUND: tl.constexpr):
+def _quantise_rows(x, quantised, scale, I, stride_x, BI: tl.constexpr, BY_HAND: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BI)
-    largest = tl.zeros([BI], tl.float32)
+    largest = tl.zeros([BI], tl.int32)
     for start in range(0, I, BI):
         part = tl.load(x + row * stride_x + start + lane, mask=start + lane < I, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(part))
-    top = tl.max(largest, 0)
-    size = tl.where(top > 0, tl.div_rn(top, 448.0), 1.0)
+        largest = tl.maximum(largest, magnitude(part))
+    size = row_scale(largest, tl.float32)
     for start in range(0, I, BI):
         part = tl.load(x + row * stride_x + start + lane, mask=start + lane < I, other=0.0).to(tl.float32)
-        part = tl.minimum(tl.maximum(tl.div_rn(part, size), -448.0), 448.0)
-        if ROUND:  # the interpreter's cast does not round to nearest, so what it casts is rounded before
-            quantum = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.maximum(tl.abs(part), 2.0**-20))), -6.0) - 3)
-            shift = quantum * (3 << 22)
-            part = (part + shift) - shift
-        tl.store(quantised + row * I + start + lane, part.to(tl.float8e4nv), mask=start + lane < I)
+        tl.store(quantised + row * I + start + lane, to_e4m3(part, size, BY_HAND), mask=start + lane < I)
     tl.store(scale + row, size)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 FILES = (
+    "test_fused_fp8_kernels.py",
     "test_fused_kernels.py",
     "test_layer_kernels.py",
     "test_matmul_kernels.py",

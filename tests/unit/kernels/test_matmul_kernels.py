@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from trtkit.kernels import matmul, matmul_tiles
+from trtkit.kernels import matmul, matmul_tiles, scaled_mm
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -174,6 +174,31 @@ def test_fp8_product_equals_the_twin_and_falls_back_to_widening_the_weight(monke
     assert (out.float() - expected).abs().max() <= 0.02 * expected.abs().max()
     monkeypatch.setattr(triton_matmul, "fp8_way", lambda *_: ("dequantise", 1))
     assert_close(triton_matmul.fp8_linear(x, weight, scale, bias), exact, torch.bfloat16)
+
+
+def test_activations_that_are_fp8_already_give_the_same_product(monkeypatch):
+    x, weight, scale, bias, exact = random_problem(70, 32, 64, torch.float8_e4m3fn, torch.bfloat16, bias=True)
+    rows = matmul.quantise_rows_fp8(x)
+    twins = matmul.fp8_product(*rows, weight, scale, bias, torch.bfloat16)
+    assert torch.equal(twins, matmul.fp8_linear(x, weight, scale, bias))
+    monkeypatch.setattr(triton_matmul, "fp8_way", lambda *_: ("rowwise", 1))
+    found = triton_matmul.fp8_product(*rows, weight, scale, bias, torch.bfloat16)
+    assert torch.equal(found, triton_matmul.fp8_linear(x, weight, scale, bias))
+    monkeypatch.setattr(triton_matmul, "fp8_way", lambda *_: ("dequantise", 1))
+    out = torch.empty(70, 32, dtype=torch.bfloat16)
+    assert triton_matmul.fp8_product(*rows, weight, scale, bias, torch.bfloat16, out=out) is out
+    assert (out.double() - exact).abs().max() <= 0.05 * exact.abs().max()
+
+
+def test_activations_are_made_fp8_only_where_the_product_would(monkeypatch):
+    weight = torch.empty(32, 64, dtype=torch.float8_e4m3fn)
+    assert matmul.multiplies_fp8(65, weight)
+    assert not matmul.multiplies_fp8(64, weight)
+    assert not matmul.multiplies_fp8(65, torch.empty(32, 64, dtype=torch.int8))
+    monkeypatch.setattr(matmul, "use_triton", lambda *_: True)
+    for way, wanted in (("rowwise", True), ("tensorwise", True), ("dequantise", False)):
+        monkeypatch.setattr(scaled_mm, "fp8_way", lambda *_, way=way: (way, 1))
+        assert matmul.multiplies_fp8(65, weight) is wanted
 
 
 @pytest.mark.parametrize("quicker", ["fused_linear", "_widened"])

@@ -18,7 +18,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
-from trtkit.kernels import matmul_configs, matmul_tiles, triton_matmul
+from trtkit.kernels import matmul_configs, matmul_tiles, triton_fused_fp8, triton_matmul
 
 SHAPE = CheckShape(
     dtype=torch.float16, kv_dtype=torch.float16, weight_dtypes=(torch.int8, torch.float8_e4m3fn, torch.float16),
@@ -30,8 +30,9 @@ SHAPE = CheckShape(
 @pytest.fixture(autouse=True)
 def kernels_instead_of_twins(monkeypatch):
     for module in (check_matmul, fused, matmul, paged, ranking, sampling, slots):
-        monkeypatch.setattr(module, "use_triton", lambda *_: True)
-    monkeypatch.setattr(matmul, "has_fp8", lambda _: True)
+        monkeypatch.setattr(module, "use_triton", lambda _, family: family not in dispatch.disabled())
+    for module in (fused, matmul):
+        monkeypatch.setattr(module, "has_fp8", lambda _: True)
     monkeypatch.setattr(check_matmul, "_INPUTS", 512)
     monkeypatch.setattr(check_matmul, "_OUTPUTS", 48)
     yield
@@ -68,6 +69,20 @@ def test_a_wrong_tile_is_rejected_and_the_family_stays_while_another_is_left(mon
     assert len([row for row in rows if not row.ok]) == 4, "a tile is given up once for every width"
     assert not dispatch.disabled()
     assert tiles(16, 1) == (only,)
+
+
+def test_rows_quantised_wrongly_cost_only_the_kernels_that_quantise_them(monkeypatch):
+    right = triton_fused_fp8.silu_mul_fp8
+
+    def wrong(gate_up):
+        quantised, scale = right(gate_up)
+        return quantised, scale * 1.1
+
+    monkeypatch.setattr(triton_fused_fp8, "silu_mul_fp8", wrong)
+    rows = self_check(torch.device("cpu"), SHAPE, families=["fused"])
+    assert [row.name for row in rows if not row.ok] == ["activation to fp8"]
+    assert set(dispatch.disabled()) == {fused.FP8_ROWS}
+    assert all(row.ok for row in self_check(torch.device("cpu"), SHAPE, families=["fused"]))
 
 
 def test_compiling_ahead_that_fails_leaves_it_to_the_checks(monkeypatch):

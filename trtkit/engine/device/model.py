@@ -19,8 +19,8 @@ from trtkit.engine.device.segments import Segment
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.rope import RopeTable
 from trtkit.engine.weights import LayerWeights, Linear, ModelWeights
-from trtkit.kernels.fused import add_rms_norm, embed, rope_write, silu_mul
-from trtkit.kernels.matmul import fp8_linear, linear
+from trtkit.kernels.fused import add_rms_norm, add_rms_norm_fp8, embed, rope_write, silu_mul, silu_mul_fp8
+from trtkit.kernels.matmul import fp8_linear, fp8_product, linear, multiplies_fp8
 from trtkit.kernels.paged import DecodeWorkspace, PagedBatch, paged_decode_attention, paged_prefill_attention
 
 
@@ -43,8 +43,21 @@ class Parts:
     observer: SegmentObserver | None = None
 
 
-def product(matrix: Linear, x_TI: Tensor, out: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Rows:
+    """Activations as an FP8 product takes them, and the compute type they came from."""
+
+    rows_TI: Tensor
+    scale_T1: Tensor
+    dtype: torch.dtype
+
+
+def product(matrix: Linear, x_TI: Tensor | Fp8Rows, out: Tensor | None = None) -> Tensor:
     """A matrix of the model times activations, [T, out]; the weight is plain, not from `pack`."""
+    if isinstance(x_TI, Fp8Rows):
+        assert matrix.scale is not None, "rows are quantised for quantised weights only"
+        operands = (x_TI.rows_TI, x_TI.scale_T1, matrix.weight, matrix.scale, matrix.bias)
+        return fp8_product(*operands, x_TI.dtype, out=out)
     if matrix.scale is not None and matrix.weight.dtype is torch.float8_e4m3fn:
         return fp8_linear(x_TI, matrix.weight, matrix.scale, matrix.bias, out=out)
     return linear(x_TI, matrix.weight, matrix.scale, matrix.bias, out=out)
@@ -60,10 +73,10 @@ def forward(parts: Parts, step: DeviceStep, token_ids_T: Tensor) -> tuple[Tensor
     residual_TE = embed(token_ids_T, weights.embedding)
     delta_TE: Tensor | None = None
     for index, layer in enumerate(weights.layers):
-        h_TE = add_rms_norm(delta_TE, residual_TE, layer.input_norm, epsilon)
-        delta_TE = product(layer.dense, _attention(parts, step, layer, index, h_TE))
-        h_TE = add_rms_norm(delta_TE, residual_TE, layer.post_norm, epsilon)
-        delta_TE = product(layer.down, silu_mul(product(layer.gate_up, h_TE)))
+        h_TE = _normed(delta_TE, residual_TE, layer.input_norm, epsilon, layer.qkv)
+        delta_TE = product(layer.dense, _attention(parts, step, layer, index, product(layer.qkv, h_TE)))
+        h_TE = _normed(delta_TE, residual_TE, layer.post_norm, epsilon, layer.gate_up)
+        delta_TE = product(layer.down, _activated(product(layer.gate_up, h_TE), layer.down))
     assert delta_TE is not None, "a model has at least one layer"
     return residual_TE, delta_TE
 
@@ -74,12 +87,30 @@ def logits(weights: ModelWeights, residual_RE: Tensor, delta_RE: Tensor | None, 
     return linear(h_RE, weights.lm_head, out=out)
 
 
-def _attention(parts: Parts, step: DeviceStep, layer: LayerWeights, index: int, h_TE: Tensor) -> Tensor:
-    """Attention output of the step, [T, Hq * D]."""
-    model = parts.weights.model
-    qkv_TCD = product(layer.qkv, h_TE).view(h_TE.shape[0], -1, model.head_dim)
-    shape = (h_TE.shape[0], model.num_heads, model.head_dim)
-    q_THD, out_THD = h_TE.new_empty(shape), h_TE.new_empty(shape)
+def _normed(
+    delta_TE: Tensor | None, residual_TE: Tensor, weight_E: Tensor, epsilon: float, matrix: Linear
+) -> Tensor | Fp8Rows:
+    """The residual with `delta_TE` added, normed, as `matrix` takes it."""
+    if not multiplies_fp8(residual_TE.shape[0], matrix.weight):
+        return add_rms_norm(delta_TE, residual_TE, weight_E, epsilon)
+    rows_TE, scale_T1 = add_rms_norm_fp8(delta_TE, residual_TE, weight_E, epsilon)
+    return Fp8Rows(rows_TI=rows_TE, scale_T1=scale_T1, dtype=residual_TE.dtype)
+
+
+def _activated(gate_up_T2I: Tensor, matrix: Linear) -> Tensor | Fp8Rows:
+    """SiLU of the gate times up, as `matrix` takes it."""
+    if not multiplies_fp8(gate_up_T2I.shape[0], matrix.weight):
+        return silu_mul(gate_up_T2I)
+    rows_TI, scale_T1 = silu_mul_fp8(gate_up_T2I)
+    return Fp8Rows(rows_TI=rows_TI, scale_T1=scale_T1, dtype=gate_up_T2I.dtype)
+
+
+def _attention(parts: Parts, step: DeviceStep, layer: LayerWeights, index: int, qkv_TC: Tensor) -> Tensor:
+    """Attention output of the step, [T, Hq * D], from its fused projection."""
+    model, tokens = parts.weights.model, qkv_TC.shape[0]
+    qkv_TCD = qkv_TC.view(tokens, -1, model.head_dim)
+    shape = (tokens, model.num_heads, model.head_dim)
+    q_THD, out_THD = qkv_TC.new_empty(shape), qkv_TC.new_empty(shape)
     _write(parts, step, layer, index, qkv_TCD, slice(0, step.plain_tokens), q_THD)
     cache = parts.cache.layers[index]
     if step.num_decode:
@@ -94,7 +125,7 @@ def _attention(parts: Parts, step: DeviceStep, layer: LayerWeights, index: int, 
         )
     for call in step.calls:
         _attend_prompt(parts, step, layer, index, call, qkv_TCD, q_THD, out_THD)
-    return out_THD.view(h_TE.shape[0], -1)
+    return out_THD.view(tokens, -1)
 
 
 def _attend_prompt(  # noqa: PLR0913, PLR0917 - one layer's share of one call, all of it needed

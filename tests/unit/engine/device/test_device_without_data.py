@@ -39,11 +39,19 @@ def _empty(out: Tensor | None, like: Tensor, *shape: int, dtype: torch.dtype | N
     return like.new_empty(shape, dtype=dtype or like.dtype) if out is None else out
 
 
+def _fp8_rows(like: Tensor, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    rows = like.new_empty((tokens, width), dtype=torch.float8_e4m3fn)
+    return rows, like.new_empty((tokens, 1), dtype=torch.float32)
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
     "linear": lambda x, w, *_, out=None: _empty(out, x, x.shape[0], w.shape[0]),
     "fp8_linear": lambda x, w, *_, out=None: _empty(out, x, x.shape[0], w.shape[0]),
     "add_rms_norm": lambda _, residual, *__, out=None: _empty(out, residual, *residual.shape),
     "silu_mul": lambda x, out=None: _empty(out, x, x.shape[0], x.shape[1] // 2),
+    "fp8_product": lambda x, _, w, __, ___, dtype, out=None: _empty(out, x, x.shape[0], w.shape[0], dtype=dtype),
+    "add_rms_norm_fp8": lambda _, residual, *__: _fp8_rows(residual, *residual.shape),
+    "silu_mul_fp8": lambda x: _fp8_rows(x, x.shape[0], x.shape[1] // 2),
     "embed": lambda ids, table, out=None: _empty(out, table, ids.shape[0], table.shape[1]),
     "rope_write": lambda *_, q_out, **__: q_out,
     "paged_decode_attention": lambda q, *_, out, **__: (out, _empty(None, q, *q.shape[:2], dtype=torch.float32)),
