@@ -135,3 +135,11 @@ def test_the_first_reason_for_switching_off_stays():
     dispatch.disable("fused", "first")
     dispatch.disable("fused", "second")
     assert dispatch.disabled() == {"fused": "first"}
+
+
+def test_every_family_that_is_checked_is_one_that_can_be_switched_off():
+    checked = {check.family for check in selfcheck.checks(CPU, CheckShape(**SMALL))}
+    checked |= {
+        check.family for check in selfcheck.checks(CPU, CheckShape(**SMALL | {"weight_dtypes": (torch.float8_e4m3fn,)}))
+    }
+    assert checked <= set(dispatch.FAMILIES)
