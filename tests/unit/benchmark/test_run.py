@@ -240,12 +240,14 @@ def test_progress_ends_at_its_total(tmp_path: Path) -> None:
 
 
 SCRIPT = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background hands down a deaf one
 from trtkit.benchmark.run import Settings, run_bench
 from trtkit.benchmark.targets import open_targets
 from trtkit.spec.workload import Protocol, Workload
-loads = tuple(Workload(isl=n, osl=4, num_requests=6, concurrency=2) for n in range(16, 40, 2))
+loads = tuple(Workload(isl=n, osl=4, num_requests=6, concurrency=2) for n in (16, 20, 24, 28))
 settings = Settings(output_dir=Path(sys.argv[2]), opener=sys.argv[3], limits=lambda device: {})
 run_bench(open_targets([Path(sys.argv[1])]), Protocol(name="test", workloads=loads, repeats=1), settings)
 """
@@ -264,11 +266,11 @@ def test_a_killed_run_keeps_its_finished_cells_leaves_no_child_and_continues(
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(how)
     finished = {record: record.read_bytes() for record in out.glob("*.json")}
-    assert 2 <= len(finished) < 12
+    assert 2 <= len(finished) < 4
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
     subprocess.run(command, check=True)
-    assert len(list(out.glob("*.json"))) == 12
+    assert len(list(out.glob("*.json"))) == 4
     assert all(record.read_bytes() == content for record, content in finished.items())
     assert [p.name for p in out.iterdir() if p.suffix != ".json"] == []
 
