@@ -8,8 +8,10 @@ S slots of the cache.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.sequence import Sequence
 
+R = TypeVar("R")
 _GROUP_OVERHEAD_BLOCKS = 12
 """Padding that is accepted before a further group, with its own kernel launches in every layer, is opened (assumed)."""
 
@@ -95,18 +98,14 @@ class Batch:
         return [row.start + row.count - 1 for row in ordered]
 
 
-def build_batch(inputs: Seq[RowInput], cache: PagedCache, dtype: torch.dtype) -> Batch:
-    """Lay out a step."""
-    size = cache.tokens_per_block
-    order = sorted(
-        range(len(inputs)), key=lambda i: (len(inputs[i].token_ids) > 1, -(inputs[i].sequence.cache_len // size))
-    )
-    rows: list[Row] = []
+def lay_out(inputs: Seq[RowInput], order: Seq[int], make: Callable[..., R]) -> list[R]:
+    """One row for each input, in `order`, their tokens back to back; `make` is `Row` or adds to it."""
+    rows: list[R] = []
     start = 0
     for index in order:
         item = inputs[index]
         rows.append(
-            Row(
+            make(
                 sequence=item.sequence,
                 input_index=index,
                 start=start,
@@ -118,6 +117,16 @@ def build_batch(inputs: Seq[RowInput], cache: PagedCache, dtype: torch.dtype) ->
             )
         )
         start += len(item.token_ids)
+    return rows
+
+
+def build_batch(inputs: Seq[RowInput], cache: PagedCache, dtype: torch.dtype) -> Batch:
+    """Lay out a step."""
+    size = cache.tokens_per_block
+    order = sorted(
+        range(len(inputs)), key=lambda i: (len(inputs[i].token_ids) > 1, -(inputs[i].sequence.cache_len // size))
+    )
+    rows = lay_out(inputs, order, Row)
     singles = list(itertools.takewhile(lambda row: row.count == 1, rows))
     token_ids = list(itertools.chain.from_iterable(inputs[index].token_ids for index in order))
     return Batch(

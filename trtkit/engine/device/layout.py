@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trtkit.engine.batch import Row, RowInput
+from trtkit.engine.batch import Row, RowInput, lay_out
 from trtkit.engine.device.segments import Segment
 from trtkit.engine.device.staging import Field, Layout, Staging
 from trtkit.engine.sequence import PENDING, Sequence
@@ -98,25 +99,7 @@ def row_order(inputs: Seq[RowInput], watched: Callable[[RowInput], bool]) -> lis
 
 def arrange(inputs: Seq[RowInput], order: list[int], no_table: Tensor) -> list[DeviceRow]:
     """Rows in the step's order, still without their tables."""
-    rows = []
-    start = 0
-    for index in order:
-        item = inputs[index]
-        rows.append(
-            DeviceRow(
-                sequence=item.sequence,
-                input_index=index,
-                start=start,
-                count=len(item.token_ids),
-                position=item.sequence.num_tokens,
-                cached=item.sequence.cache_len,
-                ends_piece=item.ends_piece,
-                observed=item.observed,
-                table=no_table,
-            )
-        )
-        start += len(item.token_ids)
-    return rows
+    return lay_out(inputs, order, partial(DeviceRow, table=no_table))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
