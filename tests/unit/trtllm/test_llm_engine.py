@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,7 @@ class Answer:
         self._llm.running += 1
         self._llm.most_running = max(self._llm.most_running, self._llm.running)
         try:
+            await self._llm.meet()
             for update in self._llm.updates(self._prompt, self._parameters["max_tokens"]):
                 await asyncio.sleep(0)
                 if update is None:
@@ -64,7 +66,7 @@ class Answer:
 
 class Scripted:
     def __init__(self) -> None:
-        self.running = self.most_running = 0
+        self.running = self.most_running = self.company = 0
         self.opened: list[bool] = []
         self.closed = 0
         self.prompts: list[list[int]] = []
@@ -78,6 +80,14 @@ class Scripted:
         if inputs[0] == 9:
             raise ValueError("prompt is cursed\nsecond line")
         return Answer(self, inputs, sampling_params)
+
+    async def meet(self) -> None:
+        """Holds each answer until `company` have run at once, then long enough for one more to come in."""
+        if self.company:
+            deadline = time.monotonic() + 20
+            while self.most_running < self.company and time.monotonic() < deadline:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(0.02)
 
     def get_stats(self, timeout: float | None = 2) -> list[dict[str, Any]]:
         return [
@@ -145,6 +155,7 @@ def test_an_end_token_stops_and_is_emitted_and_what_follows_is_dropped(engine: L
 
 
 def test_no_more_run_at_once_than_the_batch_admits(engine: LlmEngine, llm: Scripted) -> None:
+    llm.company = 2
     events = list(engine.generate([request(str(i)) for i in range(7)]))
     assert sum(e.finish is not None for e in events) == 7
     assert llm.most_running == 2
