@@ -2,6 +2,9 @@
 
 A record file is `{"kind": ..., "schema_version": ..., "data": {...}}`. Decoding refuses unknown and missing
 keys and wrong types by their path, so a damaged or newer file is a sentence and never a wrong number.
+
+A field that came after the first records is declared `field(default=..., metadata=LATER)`: it is left out while it has
+its default, so digests of what does not use it stay what they were, and an older trtkit still reads such a record.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from trtkit.spec.atomic import write_text
 from trtkit.spec.errors import InputError, UsageError
 
 SCHEMA_VERSION = 1
+_LATER = "later"
+LATER: Mapping[str, bool] = types.MappingProxyType({_LATER: True})
+"""Metadata of a field that is left out of a record while it has its default."""
 T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses, enums, tuples and mappings as JSON types. Non-finite floats are refused."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if _told(f, value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Mapping):
@@ -41,6 +47,10 @@ def to_plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"cannot encode {type(value).__name__}")
+
+
+def _told(field: dataclasses.Field[Any], value: Any) -> bool:
+    return not field.metadata.get(_LATER) or getattr(value, field.name) != field.default
 
 
 def canonical_json(value: Any) -> str:

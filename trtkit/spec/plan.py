@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from trtkit.spec.codec import LATER
 from trtkit.spec.errors import UsageError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
@@ -36,6 +37,8 @@ class Limits:
 
     `max_num_tokens` bounds the tokens of one step (all requests), `max_seq_len` prompt plus output of one
     request. The KV pool is `kv_memory_bytes` per rank if given, else `kv_fraction` of what is free after loading.
+    With `enable_block_reuse` full blocks of earlier requests stay findable, and a prompt that begins with the same
+    tokens does not compute them again.
     """
 
     max_batch_size: int = 32
@@ -45,6 +48,7 @@ class Limits:
     kv_memory_bytes: int | None = None
     kv_fraction: float = 0.9
     enable_chunked_prefill: bool = True
+    enable_block_reuse: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "tokens_per_block"):
@@ -83,6 +87,7 @@ class BuildPlan:
             raise UsageError(f"unknown load format {self.load_format!r}: allowed are {', '.join(LOAD_FORMATS)}")
         if self.load_format == "dummy" and self.target != "embedded":
             raise UsageError(f"load format 'dummy': only the embedded target takes it, not {self.target!r}")
+        check_block_reuse(self.limits, self.kv)
         kv_heads, tp = self.model.num_kv_heads, self.parallel.tp
         if self.model.num_heads % tp or (kv_heads % tp and tp % kv_heads):
             raise UsageError(
@@ -94,3 +99,16 @@ class BuildPlan:
             raise UsageError(
                 f"pp={self.parallel.pp} does not divide {self.model.name}'s {self.model.num_layers} layers"
             )
+
+
+def check_block_reuse(limits: Limits, kv: KVPolicySpec) -> None:
+    """Refuse block reuse together with eviction: a block that other requests read cannot be compacted.
+
+    Raises:
+        UsageError: both were asked for.
+    """
+    if limits.enable_block_reuse and not kv.is_full:
+        raise UsageError(
+            f"block reuse with KV policy {kv.label!r}: a block that requests share cannot be compacted; "
+            "use --kv full or --no-reuse-prefix"
+        )

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from trtkit.spec.codec import (
+    LATER,
     SCHEMA_VERSION,
     canonical_json,
     digest,
@@ -74,6 +75,25 @@ def test_a_record_comes_back_equal() -> None:
 
 def test_defaults_fill_what_is_absent() -> None:
     assert from_plain(Record, MINIMAL) == Record(name="x", count=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grown:
+    name: str
+    extra: int = field(default=0, metadata=LATER)
+
+
+def test_a_later_field_leaves_no_trace_while_it_has_its_default() -> None:
+    assert to_plain(Grown(name="a")) == {"name": "a"}
+    assert digest(Grown(name="a")) == digest({"name": "a"})
+    assert from_plain(Grown, {"name": "a"}) == Grown(name="a")
+
+
+def test_a_later_field_is_told_and_counts_once_it_is_used() -> None:
+    used = Grown(name="a", extra=3)
+    assert to_plain(used) == {"name": "a", "extra": 3}
+    assert from_plain(Grown, to_plain(used)) == used
+    assert digest(used) != digest(Grown(name="a"))
 
 
 def test_an_integer_is_a_float_where_one_is_wanted() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from trtkit.spec import errors
+from trtkit.spec.codec import to_plain
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import EXIT_CODES, TrtkitError, UsageError
 from trtkit.spec.kv import KVPolicySpec
@@ -128,6 +129,18 @@ def test_uneven_splits_are_refused(parallel: dict[str, int], message: str) -> No
 def test_ranks_must_share_the_mlp_evenly() -> None:
     with pytest.raises(UsageError, match="tp=4 does not divide m's MLP width 90"):
         plan(model=replace(MODEL, intermediate_size=90), parallel=Parallelism(tp=4))
+
+
+def test_block_reuse_with_an_evicting_policy_is_refused() -> None:
+    reusing = Limits(enable_block_reuse=True)
+    plan(limits=reusing)
+    with pytest.raises(UsageError, match=r"block reuse with KV policy 'h2o:8'.*--kv full or --no-reuse-prefix"):
+        plan(limits=reusing, kv=KVPolicySpec(kind="h2o", budget=8))
+
+
+def test_limits_without_block_reuse_are_recorded_as_they_were_before_there_was_any() -> None:
+    assert "enable_block_reuse" not in to_plain(Limits())
+    assert to_plain(Limits(enable_block_reuse=True))["enable_block_reuse"] is True
 
 
 def test_an_unknown_target_lists_the_known() -> None:
