@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
+from trtkit.plan.work import decode_flops, decode_step_bytes, linear_flops_per_token, prefill_flops
 from trtkit.spec.dtype import DType
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.limits import matmul_limit, read_limit
@@ -36,18 +36,42 @@ def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], b
 
     A decode step needs the longer of reading (weights once, every cache once) and multiplying.
     """
-    flops = multiply_limit(plan, limits)
     context = mean_context(plan, workload)
     step_bytes = decode_step_bytes(plan.model, plan.quant, [context] * batch)
     reading = read_limit(limits, step_bytes)
-    if flops is None or reading is None or workload.isl == 0:
+    prefill_s = prefill_floor_s(plan, limits, workload.isl)
+    token_s = _multiply_s(plan, limits, 1, decode_flops(plan.model, context))
+    if prefill_s is None or token_s is None or reading is None or workload.isl == 0:
         return None
-    multiply_s = batch * decode_flops(plan.model, context) / flops.value
-    return Floor(
-        prefill_s=prefill_flops(plan.model, workload.isl) / flops.value,
-        step_s=max(step_bytes / reading.value, multiply_s),
-        batch=batch,
-    )
+    return Floor(prefill_s=prefill_s, step_s=max(step_bytes / reading.value, batch * token_s), batch=batch)
+
+
+def prefill_floor_s(
+    plan: BuildPlan, limits: Mapping[str, Measured], tokens: int, *, cached_tokens: int = 0
+) -> float | None:
+    """Least seconds for a prompt's operations, `cached_tokens` of it already computed; None where a rate is unknown."""
+    new_tokens = max(tokens - cached_tokens, 0)
+    return _multiply_s(plan, limits, new_tokens, prefill_flops(plan.model, tokens, cached_tokens=cached_tokens))
+
+
+def _multiply_s(plan: BuildPlan, limits: Mapping[str, Measured], tokens: int, flops: float) -> float | None:
+    """Seconds of `flops` operations, the block matrices of `tokens` tokens among them at the plan's own rate."""
+    rate = multiply_limit(plan, limits)
+    if rate is None:
+        return None
+    blocks = tokens * linear_flops_per_token(plan.model)
+    return blocks / rate.value + (flops - blocks) / wide_limit(plan, limits, rate).value
+
+
+def wide_limit(plan: BuildPlan, limits: Mapping[str, Measured], rate: Measured) -> Measured:
+    """The rate of attention and of the head: `rate`, or that of 16 bits where only the block matrices have 8-bit operands.
+
+    So it is in our own engine. Other engines may attend in 8 bits as well, so nothing less than `rate` bounds them.
+    """
+    if plan.target != "embedded" or plan.quant.activations is not DType.FP8:
+        return rate
+    rates = [found for dtype in (DType.BF16, DType.FP16) if (found := matmul_limit(limits, dtype)) is not None]
+    return max(rates, key=lambda found: found.value, default=rate)
 
 
 def multiply_limit(plan: BuildPlan, limits: Mapping[str, Measured]) -> Measured | None:

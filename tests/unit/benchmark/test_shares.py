@@ -7,8 +7,15 @@ from support.fake_engine import tiny_model
 from support.samples import repeat, sample
 
 from trtkit.benchmark.metrics import compute_metrics
-from trtkit.benchmark.shares import floor, lowered_kv, mean_context, multiply_limit, shares
-from trtkit.plan.work import decode_flops, decode_step_bytes, prefill_flops
+from trtkit.benchmark.shares import floor, lowered_kv, mean_context, multiply_limit, prefill_floor_s, shares
+from trtkit.plan.work import (
+    attention_flops,
+    decode_flops,
+    decode_step_bytes,
+    head_flops,
+    linear_flops_per_token,
+    prefill_flops,
+)
 from trtkit.spec.dtype import DType
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
@@ -105,6 +112,33 @@ def test_products_of_8_bit_floats_on_a_gpu_are_bound_by_their_own_rate_or_by_not
     assert multiply_limit(fp8, both).value == 17
     assert multiply_limit(replace(fp8, quant=quant_for("int8")), both).value == 9
     assert multiply_limit(replace(fp8, gpu="cpu"), both).value == 9
+
+
+def test_only_the_block_matrices_of_our_fp8_engine_run_at_the_rate_of_8_bits() -> None:
+    sixteen, eight = (Measured(value=value, unit="FLOP/s", source=Source.MEASURED) for value in (1e12, 2e12))
+    rates = limits(read=1e15) | {matmul_key(DType.BF16): sixteen, matmul_key(DType.FP8): eight}
+    plan = replace(PLAN, gpu="h100-sxm", quant=quant_for("fp8-rowwise"))
+    model = plan.model
+    blocks = LOAD.isl * linear_flops_per_token(model)
+    rest = attention_flops(model, LOAD.isl) + head_flops(model)
+    least = floor(plan, LOAD, rates, 8)
+    assert least.prefill_s == pytest.approx(blocks / 2e12 + rest / 1e12)
+    token = linear_flops_per_token(model)
+    assert least.step_s == pytest.approx(8 * (token / 2e12 + (decode_flops(model, 5.5) - token) / 1e12))
+    elsewhere = replace(plan, target="pytorch")
+    assert floor(elsewhere, LOAD, rates, 8).prefill_s == pytest.approx(prefill_flops(model, LOAD.isl) / 2e12)
+    alone = {key: rate for key, rate in rates.items() if key != matmul_key(DType.BF16)}
+    del alone[matmul_key(DType.FP32)]
+    assert floor(plan, LOAD, alone, 8).prefill_s == pytest.approx(prefill_flops(model, LOAD.isl) / 2e12)
+
+
+def test_cached_tokens_of_a_prompt_are_not_computed_again() -> None:
+    rates = limits()
+    assert prefill_floor_s(PLAN, rates, 4) == pytest.approx(prefill_flops(PLAN.model, 4) / 1e9)
+    assert prefill_floor_s(PLAN, rates, 4, cached_tokens=3) == pytest.approx(
+        prefill_flops(PLAN.model, 4, cached_tokens=3) / 1e9
+    )
+    assert prefill_floor_s(PLAN, {}, 4) is None
 
 
 def test_a_share_of_the_cache_is_taken_of_each_requests_context_as_the_engine_does() -> None:
