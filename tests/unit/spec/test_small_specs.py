@@ -134,7 +134,7 @@ def test_ranks_must_share_the_mlp_evenly() -> None:
 def test_block_reuse_with_an_evicting_policy_is_refused() -> None:
     reusing = Limits(enable_block_reuse=True)
     plan(limits=reusing)
-    with pytest.raises(UsageError, match=r"block reuse with KV policy 'h2o:8'.*--kv full or --no-reuse-prefix"):
+    with pytest.raises(UsageError, match=r"block reuse with KV policy 'h2o:budget=8'.*--kv full or --no-reuse-prefix"):
         plan(limits=reusing, kv=KVPolicySpec(kind="h2o", budget=8))
 
 
