@@ -9,6 +9,7 @@ from trtkit.spec.errors import UsageError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.quant import QuantSpec
+from trtkit.spec.speculation import SpeculationSpec
 
 TARGETS = ("embedded", "tensorrt", "pytorch")
 LOAD_FORMATS = ("auto", "dummy")
@@ -65,7 +66,7 @@ class BuildPlan:
     """One engine to build. `model_source` is a directory or a hub id; `gpu` names a catalog entry.
 
     `load_format` "dummy" means random weights of the true shape, made on the device when the engine opens: speed and
-    memory are real, text is not. Only the embedded target takes it.
+    memory are real, text is not. Only the embedded target takes it. `speculation` None guesses no tokens.
     """
 
     name: str
@@ -79,6 +80,7 @@ class BuildPlan:
     target: str = "embedded"
     target_version: str | None = None
     load_format: str = "auto"
+    speculation: SpeculationSpec | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -87,6 +89,8 @@ class BuildPlan:
             raise UsageError(f"unknown load format {self.load_format!r}: allowed are {', '.join(LOAD_FORMATS)}")
         if self.load_format == "dummy" and self.target != "embedded":
             raise UsageError(f"load format 'dummy': only the embedded target takes it, not {self.target!r}")
+        if self.speculation is not None:
+            self._check_speculation(self.speculation)
         check_block_reuse(self.limits, self.kv)
         kv_heads, tp = self.model.num_kv_heads, self.parallel.tp
         if self.model.num_heads % tp or (kv_heads % tp and tp % kv_heads):
@@ -99,6 +103,26 @@ class BuildPlan:
             raise UsageError(
                 f"pp={self.parallel.pp} does not divide {self.model.name}'s {self.model.num_layers} layers"
             )
+
+    def _check_speculation(self, speculation: SpeculationSpec) -> None:
+        if self.target == "tensorrt":
+            raise UsageError(
+                f"speculation {speculation.label!r}: target 'tensorrt' has none; use --target embedded or pytorch"
+            )
+        check_speculation(speculation, self.kv)
+
+
+def check_speculation(speculation: SpeculationSpec | None, kv: KVPolicySpec) -> None:
+    """Refuse guesses together with eviction: what a wrong guess has evicted cannot be brought back.
+
+    Raises:
+        UsageError: both were asked for.
+    """
+    if speculation is not None and not kv.is_full:
+        raise UsageError(
+            f"speculation {speculation.label!r} with KV policy {kv.label!r}: an eviction cannot be taken back when a "
+            "guess was wrong; use --kv full or --speculate off"
+        )
 
 
 def check_block_reuse(limits: Limits, kv: KVPolicySpec) -> None:
