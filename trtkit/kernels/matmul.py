@@ -1,8 +1,9 @@
-"""Matrix products of the device path: weights of 8 or 16 bits against 16-bit activations, and FP8 against FP8.
+"""Matrix products of the device path: weights of 4, 8 or 16 bits against 16-bit activations, and FP8 against FP8.
 
-Shapes: T tokens, I input channels, O output channels; weights lie [O, I]. Types of a weight: int8 or float8_e4m3fn
-with one scale per output channel (`y = (x @ q.T) * scale`, activations stay as they are: W8A16), or the activations'
-own type without a scale. The twins define every function; kernels accumulate in fp32 and round once.
+Shapes: T tokens, I input channels in groups of g, O output channels; weights lie [O, I]. Types of a weight: int8 or
+float8_e4m3fn with one scale per output channel (`y = (x @ q.T) * scale`, activations stay as they are: W8A16), int8
+or packed INT4 (uint8 [O, I / 2], see `trtkit.kernels.int4`) with a scale for each group [O, I / g], or the
+activations' own type without a scale. The twins define every function; kernels accumulate in fp32 and round once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trtkit.kernels.dispatch import has_fp8, use_triton
+from trtkit.kernels.int4 import dequantise_groups
 
 FAMILY = "matmul"
 DECODE_ROWS = 64
@@ -25,18 +27,23 @@ _TWIN_ELEMENTS = 1 << 22
 def linear(
     x_TI: Tensor,
     weight_OI: Tensor,
-    scale_O: Tensor | None = None,
+    scale: Tensor | None = None,
     bias_O: Tensor | None = None,
     *,
+    zero: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`x @ dequantised(weight).T + bias`.
 
     Args:
         x_TI: activations, fp16, bf16 or fp32, rows contiguous.
-        weight_OI: int8 or float8_e4m3fn with `scale_O`, or the type of `x_TI` without; contiguous.
-        scale_O: one scale per output channel, any float type; None for a weight that is not quantised.
+        weight_OI: int8 or float8_e4m3fn with `scale`, uint8 [O, I / 2] (packed INT4) with `scale`, or the type of
+            `x_TI` without; contiguous.
+        scale: [O], one per output channel, or, for int8 and packed INT4, [O, I / g]; contiguous, any float type.
+            None for a weight that is not quantised.
         bias_O: added in fp32 before rounding.
+        zero: [O, I / g] in the type of `x_TI`, contiguous, only with packed INT4: the weight is
+            `(nibble - 8 - zero) * scale`. Whole numbers from -16 to 16. None is 0.
         out: [T, O] in the type of `x_TI`, written instead of a new tensor.
 
     Returns:
@@ -45,8 +52,8 @@ def linear(
     if use_triton(x_TI, FAMILY):
         from trtkit.kernels import triton_matmul
 
-        return triton_matmul.linear(x_TI, weight_OI, scale_O, bias_O, out=out)
-    return linear_twin(x_TI, weight_OI, scale_O, bias_O, out=out)
+        return triton_matmul.linear(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
+    return linear_twin(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
 
 
 def fp8_linear(
@@ -129,21 +136,26 @@ def quantise_rows_fp8(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 def linear_twin(
     x_TI: Tensor,
     weight_OI: Tensor,
-    scale_O: Tensor | None = None,
+    scale: Tensor | None = None,
     bias_O: Tensor | None = None,
     *,
+    zero: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Defines `linear`: fp32 inside, a few output channels at a time so that no second matrix is held."""
-    outputs, inputs = weight_OI.shape
-    result = torch.empty(x_TI.shape[0], outputs, dtype=x_TI.dtype, device=x_TI.device) if out is None else out
+    (tokens, inputs), outputs = x_TI.shape, weight_OI.shape[0]
+    result = torch.empty(tokens, outputs, dtype=x_TI.dtype, device=x_TI.device) if out is None else out
     tile = max(1, _TWIN_ELEMENTS // inputs)
     wide_x = x_TI.float()
     for start in range(0, outputs, tile):
         rows = slice(start, min(outputs, start + tile))
-        product = wide_x @ weight_OI[rows].float().T
-        if scale_O is not None:
-            product *= scale_O[rows].float()
+        if scale is not None and scale.dim() == 2:
+            groups = dequantise_groups(weight_OI[rows], scale[rows], None if zero is None else zero[rows])
+            product = wide_x @ groups.T
+        else:
+            product = wide_x @ weight_OI[rows].float().T
+            if scale is not None:
+                product *= scale[rows].float()
         if bias_O is not None:
             product += bias_O[rows].float()
         result[:, rows] = product.to(result.dtype)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.kernels.dispatch import num_multiprocessors
-from trtkit.kernels.matmul import DECODE_ROWS
+from trtkit.kernels.matmul import DECODE_ROWS, linear_twin
 from trtkit.kernels.matmul_configs import (
     INTERPRETED,
     bench,
@@ -52,10 +52,18 @@ from trtkit.kernels.triton_widen import widen
 
 
 def linear(
-    x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, *, out: Tensor | None = None
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    scale: Tensor | None,
+    bias_O: Tensor | None,
+    *,
+    zero: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `trtkit.kernels.matmul.linear`."""
-    tokens, outputs = x_TI.shape[0], weight_OI.shape[0]
+    if scale is not None and scale.dim() == 2:
+        return linear_twin(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
+    tokens, outputs, scale_O = x_TI.shape[0], weight_OI.shape[0], scale
     if out is None:
         out = torch.empty(tokens, outputs, dtype=x_TI.dtype, device=x_TI.device)
     if tokens == 0:

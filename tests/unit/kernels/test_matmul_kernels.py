@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from support.grouped_weights import grouped_problem
 
 from trtkit.kernels import matmul, matmul_tiles, scaled_mm
 
@@ -55,6 +56,14 @@ def assert_close(found, expected, dtype):
 def test_twin_equals_the_float64_product(dtype, weight_type):
     x, weight, scale, bias, expected = random_problem(5, 48, 64, weight_type or dtype, dtype, bias=True)
     assert_close(matmul.linear(x, weight, scale, bias), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "zeros"), [(4, False), (4, True), (8, False)])
+def test_twin_of_grouped_scales_equals_the_float64_product(monkeypatch, dtype, bits, zeros):
+    x, weight, scale, zero, bias, expected = grouped_problem(5, 48, 192, 64, bits, dtype, zeros=zeros, bias=True)
+    monkeypatch.setattr(matmul, "_TWIN_ELEMENTS", 7 * 192)
+    assert_close(matmul.linear(x, weight, scale, bias, zero=zero), expected, dtype)
 
 
 def test_twin_in_tiles_of_channels_is_the_same(monkeypatch):
@@ -215,6 +224,9 @@ def test_the_quicker_way_is_measured_once_for_a_shape(monkeypatch, quicker):
     class OnCuda:
         def __init__(self, *shape):
             self.shape, self.dtype, self.device = shape, torch.float16, torch.device("cuda", 0)
+
+        def dim(self):
+            return len(self.shape)
 
     monkeypatch.setattr(triton_matmul, "median_ms", median_ms)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

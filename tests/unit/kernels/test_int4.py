@@ -1,0 +1,59 @@
+"""Packing of INT4 weights, and what a scale for each group means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trtkit.kernels.int4 import dequantise_groups, group_of, pack_int4, unpack_int4
+
+
+@given(st.sampled_from([2, 32, 64, 128]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
+def test_packing_and_unpacking_give_the_values_back(group, outputs, groups, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (outputs, groups * group), generator=generator, dtype=torch.int8)
+    packed = pack_int4(values, group)
+    assert packed.dtype is torch.uint8
+    assert packed.shape == (outputs, groups * group // 2)
+    assert packed.is_contiguous()
+    assert torch.equal(unpack_int4(packed, group), values)
+
+
+def test_the_low_nibble_is_of_the_first_half_of_a_group_and_the_high_one_of_the_second():
+    values = torch.tensor([[-8, -7, 0, 7, 1, 2, 3, 4]], dtype=torch.int8)
+    assert pack_int4(values, 4).tolist() == [[0x80, 0xF1, 0xB9, 0xCA]]
+    assert pack_int4(values, 8).tolist() == [[0x90, 0xA1, 0xB8, 0xCF]]
+
+
+def test_values_outside_four_bits_are_refused():
+    with pytest.raises(ValueError, match="from -3 to 8 do not fit INT4: allowed are -8 to 7"):
+        pack_int4(torch.tensor([[-3, 8]], dtype=torch.int8), 2)
+    with pytest.raises(ValueError, match="from -9 to 0 "):
+        pack_int4(torch.tensor([[-9, 0]], dtype=torch.int8), 2)
+
+
+@pytest.mark.parametrize("group", [0, 1, 3, 4])
+def test_groups_that_do_not_fit_are_refused(group):
+    with pytest.raises(ValueError, match=f"groups of {group} do not fit 6 input channels"):
+        pack_int4(torch.zeros(2, 6, dtype=torch.int8), group)
+
+
+def test_a_group_is_the_inputs_over_the_scales():
+    scale = torch.ones(2, 3)
+    assert group_of(torch.zeros(2, 96, dtype=torch.uint8), scale) == 64
+    assert group_of(torch.zeros(2, 96, dtype=torch.int8), scale) == 32
+    with pytest.raises(ValueError, match="100 input channels do not fall into 3 groups"):
+        group_of(torch.zeros(2, 50, dtype=torch.uint8), scale)
+    with pytest.raises(ValueError, match="do not fall into 0 groups"):
+        group_of(torch.zeros(2, 50, dtype=torch.uint8), torch.ones(2, 0))
+
+
+def test_a_weight_is_its_value_less_the_zero_point_times_the_scale_of_its_group():
+    values = torch.tensor([[-8, -7, 0, 7, 1, 2, 3, 4]], dtype=torch.int8)
+    scale, zero = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0, -3.0]])
+    expected = torch.tensor([[-4.5, -4.0, -0.5, 3.0, 8.0, 10.0, 12.0, 14.0]])
+    assert torch.equal(dequantise_groups(pack_int4(values, 4), scale, zero), expected)
+    assert torch.equal(dequantise_groups(values, scale, zero), expected)
+    assert torch.equal(dequantise_groups(values, scale), dequantise_groups(values, scale, torch.zeros(1, 2)))
