@@ -64,7 +64,10 @@ _REASONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """GPU time of one call in microseconds, measured. `how`: "graph" (replayed) or "events" (launched one by one)."""
+    """GPU time of one call in microseconds, measured. `how`: "graph" (replayed) or "events" (launched one by one).
+
+    `raw_us` are the samples in the order they were taken, each the mean of `calls_per_sample` calls.
+    """
 
     median_us: float
     p10_us: float
@@ -74,6 +77,7 @@ class Timing:
     calls_per_sample: int
     how: str
     note: str = ""
+    raw_us: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,6 +394,7 @@ def _timing(samples: Sequence[float], count: int, how: str, note: str) -> Timing
         calls_per_sample=count,
         how=how,
         note=note,
+        raw_us=tuple(samples),
     )
 
 

@@ -73,11 +73,15 @@ TINY = Scale(
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a call must at least do: bytes it reads and writes, operations and the type of their operands."""
+    """What a call must at least do: bytes it reads and writes, operations and the type of their operands.
+
+    `wide_flops` of the operations have operands of 16 bits whatever `operands` says, such as attention beside FP8 products.
+    """
 
     bytes_moved: int
     flops: float = 0.0
     operands: DType = DType.BF16
+    wide_flops: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +113,8 @@ class KernelRow:
     reference: str
     bytes_moved: int
     flops: float
+    wide_flops: float = 0.0
+    operands: str = ""
     timing: Timing | None = None
     floor_us: float | None = None
     floor_datasheet_us: float | None = None
@@ -174,7 +180,8 @@ class Bench:
                 runs=runs_on(case.family, session.device), ok=ok,
                 error=worst[0] if worst else None, error_largest=worst[1] if worst else None,
                 error_bound=case.bound, reference=case.reference,
-                bytes_moved=case.work.bytes_moved, flops=case.work.flops, timing=timing,
+                bytes_moved=case.work.bytes_moved, flops=case.work.flops, wide_flops=case.work.wide_flops,
+                operands=case.work.operands.value, timing=timing,
                 floor_us=floor_us, floor_datasheet_us=sheet_us, limit_by=limit_by if floor_us else "",
                 share=floor_us / median if floor_us and median else None,
                 share_datasheet=sheet_us / median if sheet_us and median else None,
@@ -187,11 +194,12 @@ class Bench:
 def floor(work: Work, limits: dict[str, Measured]) -> tuple[float | None, str]:
     """The least time in microseconds at these rates, and what bounds it; None where no rate is known."""
     reading, products = limits.get(READ_BYTES_S), limits.get(matmul_key(work.operands))
-    if reading is None or (work.flops and products is None):
+    wide = limits.get(matmul_key(DType.BF16)) if work.wide_flops else products
+    if reading is None or (work.flops and (products is None or wide is None)):
         return None, ""
     parts = {"bytes": work.bytes_moved / reading.value * 1e6}
-    if products is not None and work.flops:
-        parts["flops"] = work.flops / products.value * 1e6
+    if products is not None and wide is not None and work.flops:
+        parts["flops"] = ((work.flops - work.wide_flops) / products.value + work.wide_flops / wide.value) * 1e6
     if GRAPH_NODE_S in limits:
         parts["launch"] = limits[GRAPH_NODE_S].value * 1e6
     bound = max(parts, key=lambda name: parts[name])

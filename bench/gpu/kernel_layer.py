@@ -1,4 +1,4 @@
-"""One decoder layer as the engine runs it: nine kernels one after the other, so that what lies between them counts too."""
+"""One decoder layer as the engine runs it, kernel after kernel, so that what lies between them counts too."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from bench.gpu import kernel_products
 from bench.gpu.kernel_attention import batches, dense_attention, workspace
 from bench.gpu.kernel_bench import COMPUTE, Bench, Case, Pairs, Work, num_bytes
 from bench.gpu.kernel_fused import turned
+from trtkit.engine.device.model import Fp8Rows, product
+from trtkit.engine.weights import Linear
 from trtkit.kernels import fused, matmul, paged
 from trtkit.spec.dtype import DType
 
@@ -23,7 +25,8 @@ FP8_ACTIVATIONS_BOUND = 0.12
 """Four products whose activations are off by up to 1/16 each."""
 _EPSILON = 1e-5
 _POSITIONS = 8192
-Weights = dict[str, tuple[Tensor, Tensor | None]]
+Pair = tuple[Tensor, Tensor | None]
+Weights = dict[str, Pair]
 Attention = Callable[[Tensor, paged.PagedBatch], Tensor]
 
 
@@ -48,17 +51,16 @@ class Layer:
     def run(self, index: int, residual: Tensor) -> Tensor:
         """What is to be added to `residual` after it, [T, E]; `residual` is changed as in a step."""
         matrices, batch = self.weights[index % len(self.weights)], self.pools[index % len(self.pools)]
-        product = matmul.fp8_linear if self.kind == "fp8" else matmul.linear
         tokens, scale = residual.shape[0], self.bench.scale
-        hidden = fused.add_rms_norm(self.delta, residual, self.norms[0], _EPSILON)
-        qkv = product(hidden, *matrices["qkv"]).view(tokens, -1, scale.dim)
+        hidden = _normed(self.delta, residual, self.norms[0], matrices["qkv"])
+        qkv = _product(hidden, matrices["qkv"]).view(tokens, -1, scale.dim)
         queries = fused.rope_write(
             qkv, self.positions, self.cos, self.sin, batch.cache, batch.blocks_BM, self.rows, self.slots,
             num_heads=scale.heads,
         )  # fmt: skip
         attended = self.attend(queries, batch).view(tokens, -1)
-        hidden = fused.add_rms_norm(product(attended, *matrices["dense"]), residual, self.norms[1], _EPSILON)
-        return product(fused.silu_mul(product(hidden, *matrices["gate_up"])), *matrices["down"])
+        hidden = _normed(_product(attended, matrices["dense"]), residual, self.norms[1], matrices["gate_up"])
+        return _product(_activated(_product(hidden, matrices["gate_up"]), matrices["down"]), matrices["down"])
 
     def check(self, cached: list[tuple[slice, int, int]]) -> Pairs:
         """Against float64: `cached` has each sequence's tokens, its row and how many slots lay before them."""
@@ -66,14 +68,14 @@ class Layer:
         result = self.run(0, residual)
         matrices, batch, scale = self.weights[0], self.pools[0], self.bench.scale
         wide = self.start.double() + self.delta.double()
-        qkv = kernel_products.reference(_normed(wide, self.norms[0]), *matrices["qkv"])
+        qkv = kernel_products.reference(_wide_norm(wide, self.norms[0]), *matrices["qkv"])
         at = self.positions.to(torch.int64)
         queries = qkv.view(len(at), -1, scale.dim)[:, : scale.heads]
         queries = turned(queries, self.cos[at, None].double(), self.sin[at, None].double())
         # New keys and values are read back from the cache, where they were rounded.
         found = [dense_attention(queries[tokens], batch, row, before)[0] for tokens, row, before in cached]
         wide = wide + kernel_products.reference(torch.cat(found).flatten(1), *matrices["dense"])
-        gate, up = kernel_products.reference(_normed(wide, self.norms[1]), *matrices["gate_up"]).chunk(2, dim=-1)
+        gate, up = kernel_products.reference(_wide_norm(wide, self.norms[1]), *matrices["gate_up"]).chunk(2, dim=-1)
         return [(residual, wide), (result, kernel_products.reference(F.silu(gate) * up, *matrices["down"]))]
 
 
@@ -137,6 +139,8 @@ def _measure(
     scale, kind, residual = bench.scale, layer.kind, layer.start.clone()
     quantises = kind == "fp8" and tokens > matmul.DECODE_ROWS
     matrices = layer.weights[0].values()
+    shapes = [shape for matrix, shape in scale.matrices.items() if matrix != "lm_head"]
+    attention = 4.0 * pairs * scale.heads * scale.dim
     held = sum(num_bytes(*(part for part in pair if part is not None)) for pair in matrices)
     slots = sum(before + tokens_of.stop - tokens_of.start for tokens_of, _, before in cached)
     bench.measure(
@@ -146,15 +150,34 @@ def _measure(
             bound=FP8_ACTIVATIONS_BOUND if quantises else BOUNDS[kind],
             work=Work(
                 bytes_moved=held + slots * 2 * scale.kv_heads * scale.dim * 2,
-                flops=2.0 * tokens * sum(pair[0].numel() for pair in matrices)
-                + 4.0 * pairs * scale.heads * scale.dim,
+                flops=2.0 * tokens * sum(outputs * inputs for outputs, inputs in shapes) + attention,
+                wide_flops=attention,
                 operands=DType.FP8 if quantises else DType.BF16,
             ),
-            note="nine kernels and what lies between them; intermediate results are not counted as bytes"
-            + (", attention counts at FP8's rate" if quantises else ""),
+            note=f"{10 if quantises else 9} kernels and what lies between them; intermediate results are not counted as bytes",
         )
     )  # fmt: skip
 
 
-def _normed(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor | Fp8Rows, pair: Pair) -> Tensor:
+    return product(Linear(weight=pair[0], scale=pair[1]), x)
+
+
+def _normed(delta: Tensor, residual: Tensor, norm: Tensor, into: Pair) -> Tensor | Fp8Rows:
+    """The norm as the device path runs it: FP8 rows where the product takes them."""
+    if not matmul.multiplies_fp8(residual.shape[0], into[0]):
+        return fused.add_rms_norm(delta, residual, norm, _EPSILON)
+    rows, scale = fused.add_rms_norm_fp8(delta, residual, norm, _EPSILON)
+    return Fp8Rows(rows_TI=rows, scale_T1=scale, dtype=residual.dtype)
+
+
+def _activated(gate_up: Tensor, into: Pair) -> Tensor | Fp8Rows:
+    """The activation as the device path runs it."""
+    if not matmul.multiplies_fp8(gate_up.shape[0], into[0]):
+        return fused.silu_mul(gate_up)
+    rows, scale = fused.silu_mul_fp8(gate_up)
+    return Fp8Rows(rows_TI=rows, scale_T1=scale, dtype=gate_up.dtype)
+
+
+def _wide_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(1, keepdim=True) + _EPSILON) * weight.double()

@@ -131,6 +131,9 @@ def test_the_floor_is_the_largest_of_bytes_operations_and_a_launch():
     eight_bits = kernel_bench.Work(bytes_moved=3000, flops=8e6, operands=DType.FP8)
     assert kernel_bench.floor(eight_bits, limits) == (pytest.approx(1.0), "bytes")
     assert kernel_bench.floor(eight_bits, limits | {"graph_node_s": rate(2e-6)}) == (pytest.approx(2.0), "launch")
+    mixed = kernel_bench.Work(bytes_moved=3000, flops=32e6, wide_flops=8e6, operands=DType.FP8)
+    assert kernel_bench.floor(mixed, limits) == (pytest.approx(24 / 16 + 8), "flops")
+    assert kernel_bench.floor(mixed, {key: limits[key] for key in limits if "bf16" not in key}) == (None, "")
     assert kernel_bench.floor(work, {"read_bytes_s": rate(3e9)}) == (None, "")
     assert kernel_bench.floor(work, {}) == (None, "")
 
@@ -153,6 +156,24 @@ def test_products_count_their_bytes_and_operations(tmp_path):
     assert linear.flops == 2 * 3 * 64 * 192
     assert attention.bytes_moved == 3 * 24 * 2 * 2 * 16 + 3 * 8 * (2 * 2 * 16 + 4)
     assert attention.flops == 4 * 3 * 24 * 8 * 16
+
+
+def test_a_prompts_layer_in_fp8_runs_the_kernels_of_the_device_path(tmp_path, monkeypatch):
+    """Norms and activation write FP8 rows themselves; only the attention's output is quantised on its own."""
+    called = []
+    for module, name in (("fused", "add_rms_norm_fp8"), ("fused", "silu_mul_fp8")):
+        whole = getattr(getattr(kernels.kernel_layer, module), name)
+        monkeypatch.setattr(
+            getattr(kernels.kernel_layer, module), name,
+            lambda *given, name=name, whole=whole, **more: (called.append(name), whole(*given, **more))[1],
+        )  # fmt: skip
+    bench = kernel_bench.Bench(session=session_for(tmp_path), scale=kernel_bench.TINY)
+    with torch.inference_mode():
+        kernels.kernel_layer.prefill_layer(bench, "fp8", 70)
+    (row,) = bench.session.record.rows
+    once = ["add_rms_norm_fp8", "add_rms_norm_fp8", "silu_mul_fp8"]
+    assert called[: len(once)] == once
+    assert (row.ok, row.operands, row.wide_flops) == (True, "fp8", 4.0 * 70 * 71 / 2 * 8 * 16)
 
 
 class PretendedGpu:
