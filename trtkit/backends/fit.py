@@ -116,10 +116,11 @@ def _what_fits(plan: BuildPlan, found: Sizes) -> str:
 def _alternatives(plan: BuildPlan) -> list[tuple[str, BuildPlan]]:
     """Neighbouring plans, cheapest change first."""
     kv_free = replace(plan, limits=replace(plan.limits, kv_memory_bytes=None))
-    narrower = replace(kv_free, quant=quant_for("int8"))
     choices = [("less --kv-memory", kv_free)] if plan.limits.kv_memory_bytes is not None else []
     if plan.quant.weights.bits > 8:
-        choices.append(("--precision int8", narrower))
+        choices.append(("--precision int8", replace(kv_free, quant=quant_for("int8"))))
+    if plan.quant.weights.bits > 4 and plan.target == "embedded":
+        choices.append(("--precision int4", replace(kv_free, quant=quant_for("int4"))))
     if plan.target != "embedded":
         for tp in (2, 4, 8, 16):
             if tp > plan.parallel.tp and plan.model.num_heads % tp == 0 and plan.model.intermediate_size % tp == 0:

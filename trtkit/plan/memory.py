@@ -75,6 +75,11 @@ class Placement:
     target: str = "tensorrt"
 
     @property
+    def held_quant(self) -> QuantSpec:
+        """The scheme in the form that the target holds."""
+        return self.quant.embedded if self.target == "embedded" else self.quant
+
+    @property
     def is_embedded_on_gpu(self) -> bool:
         """Our own engine's device path; on a CPU it holds what any engine does."""
         return self.target == "embedded" and self.gpu.sm > 0
@@ -147,7 +152,8 @@ def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> 
     """Lay out one rank. `sequence_tokens` is the length requests are counted at, by default `max_seq_len`."""
     limits, parallel = placement.limits, placement.parallel
     stages = [
-        work.weight_groups(placement.model, placement.quant, parallel, pp_rank=stage) for stage in range(parallel.pp)
+        work.weight_groups(placement.model, placement.held_quant, parallel, pp_rank=stage)
+        for stage in range(parallel.pp)
     ]
     weights = max(stages, key=lambda groups: sum(groups.values()))
     held = sum(weights.values())
@@ -189,7 +195,8 @@ def what_would_fit(placement: Placement, *, sequence_tokens: int, gpus: Sequence
     if placement.quant.weights.bits > 8:
         changes.append(("--precision int8", replace(placement, quant=quant_for("int8"))))
     if placement.quant.weights.bits > 4:
-        changes.append(("--precision int4-awq", replace(placement, quant=quant_for("int4-awq"))))
+        int4 = "int4" if placement.target == "embedded" else "int4-awq"
+        changes.append((f"--precision {int4}", replace(placement, quant=quant_for(int4))))
     for tp in (2, 4, 8, 16):
         if tp > placement.parallel.tp and placement.model.num_heads % tp == 0:
             changes.append((f"--tp {tp}", replace(placement, parallel=replace(placement.parallel, tp=tp))))

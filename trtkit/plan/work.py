@@ -74,7 +74,7 @@ def weight_groups(
 ) -> Mapping[str, int]:
     """Bytes one rank holds, by tensor group: embedding, attention, mlp, norm, head (and scales of grouped schemes).
 
-    Equal to the tensors of `rank{N}.safetensors` for every form trtkit converts itself (16/32-bit and INT8
+    Equal to the tensors of `rank{N}.safetensors` for every form trtkit converts itself (16/32-bit, INT8 and INT4
     weight-only); schemes that ModelOpt writes add their scales here.
     """
     groups: Counter[str] = Counter()
@@ -88,8 +88,10 @@ def weight_groups(
 
 
 def _scale_bytes(quant: QuantSpec, out_features: int, in_features: int) -> int:
-    """Bytes of the scales that `checkpoint_tensors` does not list (it lists INT8 weight-only's own)."""
+    """Bytes of the scales that `checkpoint_tensors` does not list (it lists those of INT8 rows and of the embedded engine's groups)."""
     compute_bytes = quant.compute.bits // 8
+    if quant.is_grouped:
+        return 0
     if quant.group_size:
         groups = out_features * -(-in_features // quant.group_size) * compute_bytes
         if quant.algo in _AWQ_ALGOS:

@@ -9,18 +9,24 @@ split along the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from trtkit.spec.dtype import DType
+from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.quant import FP8_ROWWISE, QuantSpec
+from trtkit.spec.quant import FP8_ROWWISE, GROUPS, QuantSpec
 
 CONFIG_NAME = "config.json"
 VOCAB_EMBEDDING = "transformer.vocab_embedding.weight"
 FINAL_NORM = "transformer.ln_f.weight"
 LM_HEAD = "lm_head.weight"
+ROW_SCALE = "per_channel_scale"
+GROUP_SCALE = "per_group_scale"
+GROUP_ZERO = "per_group_zero"
+INPUT_SCALE = "input_scale"
+"""What may lie beside a quantised weight in the embedded engine's form. Zero points count from the middle of the range."""
 
 
 def rank_file(rank: int) -> str:
@@ -47,6 +53,11 @@ class CheckpointTensor:
         """Bytes in the file and in memory."""
         return prod(self.shape) * self.dtype.bits // 8
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in the file: INT4 lies two to a byte along the inputs."""
+        return self.shape if self.dtype is not DType.INT4 else (*self.shape[:-1], self.shape[-1] // 2)
+
 
 def padded_vocab_size(model: ModelSpec, tp: int) -> int:
     """Vocabulary rows of all ranks together: the next multiple of `tp`."""
@@ -58,6 +69,35 @@ def kv_heads_per_rank(model: ModelSpec, tp: int) -> int:
     return max(1, model.num_kv_heads // tp)
 
 
+def with_groups(
+    model: ModelSpec, quant: QuantSpec, parallel: Parallelism | None = None, *, within: int = 0
+) -> QuantSpec:
+    """`quant` with the largest of `GROUPS`, at most its own size, that divides every matrix's inputs on every rank.
+
+    `within` is a size that the groups must divide, too: that of groups which exist already. A scheme without groups in
+    the embedded engine's form is returned as it is.
+
+    Raises:
+        UnsupportedError: none of them does; names the width.
+    """
+    if not quant.is_grouped:
+        return quant
+    tp = (parallel or Parallelism()).tp
+    heads = model.num_heads * model.head_dim
+    widths = {"hidden size": model.hidden_size, "query width": heads // tp, "MLP width": model.intermediate_size // tp}
+    if within:
+        widths["group size"] = within
+    allowed = [size for size in GROUPS if size <= quant.group_size]
+    for size in allowed:
+        if not any(width % size for width in widths.values()):
+            return replace(quant, group_size=size)
+    what, width = next((item for item in widths.items() if item[1] % GROUPS[-1]), ("widths", ""))
+    raise UnsupportedError(
+        f"{model.name}: {what} {width} on each of {tp} rank(s) has no groups of {' or '.join(map(str, allowed))} inputs, "
+        f"which precision {quant.precision} wants; lower --tp, or use --precision int8"
+    )
+
+
 def checkpoint_tensors(
     model: ModelSpec, quant: QuantSpec, parallel: Parallelism | None = None, *, pp_rank: int = 0
 ) -> Iterator[CheckpointTensor]:
@@ -65,10 +105,15 @@ def checkpoint_tensors(
 
     INT8 weight-only in the embedded engine's form stores `weight` as int8 [out, in] and `per_channel_scale` [out] in
     the compute type. With `quant.weights` 16 bits wide and `algo` W8A16 there is no scale: `trtllm-build` quantises.
+    In groups (`QuantSpec.is_grouped`) it is `per_group_scale` [out, in / group] in the compute type and, where there are
+    zero points, `per_group_zero` of the same shape and type: weight = (number - zero) * scale. INT4 is packed as uint8
+    [out, in / 2]: byte j of a group of g inputs holds input j in its low half and input j + g / 2 in its high half, each
+    plus 8.
     FP8 by rows stores `weight` as float8_e4m3fn [out, in] and `per_channel_scale` [out] in float32.
     With fewer KV heads than ranks, rank r holds KV head r * num_kv_heads // tp.
     """
     parallel = parallel or Parallelism()
+    quant = with_groups(model, quant, parallel)
     tp, pp = parallel.tp, parallel.pp
     compute = quant.compute
     vocab = padded_vocab_size(model, tp) // tp
@@ -108,9 +153,13 @@ def _linear(
     quant: QuantSpec, prefix: str, shape: tuple[int, int], group: str, *, bias: bool
 ) -> Iterator[CheckpointTensor]:
     yield CheckpointTensor(name=f"{prefix}.weight", shape=shape, dtype=quant.weights, group=group)
-    if quant.weights is DType.INT8 and quant.is_weight_only:
-        yield CheckpointTensor(name=f"{prefix}.per_channel_scale", shape=shape[:1], dtype=quant.compute, group=group)
+    if quant.is_grouped and quant.is_weight_only:
+        groups = (shape[0], shape[1] // quant.group_size)
+        for name in (GROUP_SCALE, GROUP_ZERO) if quant.zero_points else (GROUP_SCALE,):
+            yield CheckpointTensor(name=f"{prefix}.{name}", shape=groups, dtype=quant.compute, group=group)
+    elif quant.weights is DType.INT8 and quant.is_weight_only:
+        yield CheckpointTensor(name=f"{prefix}.{ROW_SCALE}", shape=shape[:1], dtype=quant.compute, group=group)
     if quant.algo == FP8_ROWWISE and quant.weights is DType.FP8:
-        yield CheckpointTensor(name=f"{prefix}.per_channel_scale", shape=shape[:1], dtype=DType.FP32, group=group)
+        yield CheckpointTensor(name=f"{prefix}.{ROW_SCALE}", shape=shape[:1], dtype=DType.FP32, group=group)
     if bias:
         yield CheckpointTensor(name=f"{prefix}.bias", shape=shape[:1], dtype=quant.compute, group=group)

@@ -18,7 +18,7 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.model import ModelSpec, RopeSpec
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.quant import GPTQ_INT8, PRECISIONS, QuantSpec
+from trtkit.spec.quant import GPTQ_INT8, MODELOPT_AWQ, PRECISIONS, QuantSpec
 
 EXTRA_KEY = "trtkit"
 _QWEN_TYPES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
@@ -100,8 +100,8 @@ def _quantization(quant: QuantSpec) -> dict[str, Any]:
         "smoothquant_val": 0.5,
         "clamp_val": None,
         "use_meta_recipe": False,
-        "has_zero_point": quant.algo == GPTQ_INT8,
-        "pre_quant_scale": quant.algo == "W4A16_AWQ",
+        "has_zero_point": quant.algo == GPTQ_INT8 or quant.zero_points,
+        "pre_quant_scale": quant.algo == MODELOPT_AWQ,
         "exclude_modules": None,
     }
 
@@ -118,6 +118,7 @@ def _extra(model: ModelSpec, quant: QuantSpec) -> dict[str, Any]:
         "precision": quant.precision,
         "weights": quant.weights.value,
         "kv": quant.kv.value,
+        **({"group_size": quant.group_size} if quant.is_grouped else {}),
     }
 
 
@@ -210,7 +211,8 @@ def _parse_rope(config: Mapping[str, Any], where: str) -> RopeSpec:
 
 def _parse_quant(config: Mapping[str, Any], extra: Mapping[str, Any], where: str) -> QuantSpec:
     compute = DType.parse(_need(config, "dtype", str, where))
-    algo = (config.get("quantization") or {}).get("quant_algo")
+    quantization = config.get("quantization") or {}
+    algo = quantization.get("quant_algo")
     known = {quant.algo: quant for quant in PRECISIONS.values()}
     if algo is None:
         quant = PRECISIONS[compute.value]
@@ -221,6 +223,11 @@ def _parse_quant(config: Mapping[str, Any], extra: Mapping[str, Any], where: str
     else:
         raise UnsupportedError(f"{where}: quant_algo is {algo!r}; known are {', '.join(filter(None, known))}")
     weights, kv = extra.get("weights"), extra.get("kv")
+    if algo == MODELOPT_AWQ:
+        quant = replace(quant, group_size=_need(quantization, "group_size", int, where))
+    elif "group_size" in extra:
+        zeros = bool(quantization.get("has_zero_point"))
+        quant = replace(quant, group_size=_need(extra, "group_size", int, where), zero_points=zeros)
     return replace(
         quant,
         weights=DType.parse(weights) if weights else quant.weights,

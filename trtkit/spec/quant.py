@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from trtkit.spec.codec import LATER
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UsageError
 
 FP8_ROWWISE = "FP8_PER_CHANNEL_PER_TOKEN"
 GPTQ_INT8 = "W8A16_GPTQ"
+INT8_ROWS = "W8A16"
+INT4_GROUPS = "W4A16"
+MODELOPT_AWQ = "W4A16_AWQ"
+GROUPS = (128, 64, 32)
+"""Input channels that may share a scale in the embedded engine, best first: larger groups are fewer bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +24,7 @@ class QuantSpec:
     `weights` is the storage of the linear layers inside blocks, `activations` the matmul's other operand,
     `compute` everything else (embeddings, norms, lm_head, scales), `kv` the cache. `group_size` is 0 for
     per-output-channel scales. `algo` is TensorRT-LLM's name of the scheme, None when nothing is quantised.
+    `zero_points` says that a zero point is stored beside every scale of a group.
     """
 
     precision: str
@@ -27,6 +34,7 @@ class QuantSpec:
     kv: DType
     algo: str | None = None
     group_size: int = 0
+    zero_points: bool = field(default=False, metadata=LATER)
 
     def with_kv(self, kv: DType) -> QuantSpec:
         """The same scheme with another cache type."""
@@ -36,6 +44,16 @@ class QuantSpec:
     def is_weight_only(self) -> bool:
         """Weights are narrower than the activations they multiply."""
         return self.weights.bits < self.activations.bits
+
+    @property
+    def is_grouped(self) -> bool:
+        """Weights in the embedded engine's own form, with a scale for each row and group of `group_size` inputs."""
+        return self.algo in (INT8_ROWS, INT4_GROUPS) and self.group_size > 0
+
+    @property
+    def embedded(self) -> QuantSpec:
+        """How the embedded engine holds it: GPTQ's INT8 as its own groups, everything else as it is."""
+        return replace(self, algo=INT8_ROWS) if self.algo == GPTQ_INT8 else self
 
 
 def _plain(dtype: DType) -> QuantSpec:
@@ -60,12 +78,13 @@ PRECISIONS: dict[str, QuantSpec] = {
     "fp32": _plain(DType.FP32),
     "fp16": _plain(DType.FP16),
     "bf16": _plain(DType.BF16),
-    "int8": _quantised("int8", "W8A16", DType.INT8, DType.FP16),
+    "int8": _quantised("int8", INT8_ROWS, DType.INT8, DType.FP16),
     "int8-gptq": _quantised("int8-gptq", GPTQ_INT8, DType.INT8, DType.FP16, group_size=128),
     "int8-sq": _quantised("int8-sq", "W8A8_SQ_PER_CHANNEL", DType.INT8, DType.INT8),
     "fp8": _quantised("fp8", "FP8", DType.FP8, DType.FP8),
     "fp8-rowwise": _quantised("fp8-rowwise", FP8_ROWWISE, DType.FP8, DType.FP8, compute=DType.BF16),
-    "int4-awq": _quantised("int4-awq", "W4A16_AWQ", DType.INT4, DType.FP16, group_size=128),
+    "int4": _quantised("int4", INT4_GROUPS, DType.INT4, DType.FP16, group_size=128),
+    "int4-awq": _quantised("int4-awq", MODELOPT_AWQ, DType.INT4, DType.FP16, group_size=128),
 }
 
 

@@ -89,3 +89,11 @@ def test_eight_bit_cache_halves_its_bytes():
     assert 2 * work.kv_read_bytes(LLAMA_70B, fp16.with_kv(DType.FP8), [100]) == work.kv_read_bytes(
         LLAMA_70B, fp16, [100]
     )
+
+
+def test_int4_weights_are_counted_with_their_scales() -> None:
+    linear = LLAMA_70B.num_layers * LLAMA_70B.linear_params_per_layer
+    other = 2 * (LLAMA_70B.num_params - linear)
+    assert work.weight_bytes(LLAMA_70B, quant_for("int4")) == linear // 2 + linear // 128 * 2 + other
+    read = work.weight_read_bytes(LLAMA_70B, quant_for("int4"))
+    assert read == work.weight_bytes(LLAMA_70B, quant_for("int4")) - 2 * LLAMA_70B.vocab_size * LLAMA_70B.hidden_size

@@ -71,7 +71,9 @@ def test_plain_precisions_quantise_nothing() -> None:
 
 
 def test_weight_only_schemes_are_those_with_narrow_weights() -> None:
-    assert {name for name in PRECISIONS if quant_for(name).is_weight_only} == {"int8", "int8-gptq", "int4-awq"}
+    assert {name for name in PRECISIONS if quant_for(name).is_weight_only} == {
+        "int8", "int8-gptq", "int4", "int4-awq",
+    }  # fmt: skip
 
 
 def test_the_compute_type_of_a_weight_only_scheme_is_replaced_throughout() -> None:

@@ -7,11 +7,13 @@ from math import prod
 
 import pytest
 
-from trtkit.spec.checkpoint import checkpoint_tensors, kv_heads_per_rank, padded_vocab_size, rank_file
+from trtkit.spec.checkpoint import checkpoint_tensors, kv_heads_per_rank, padded_vocab_size, rank_file, with_groups
+from trtkit.spec.checkpoint_config import checkpoint_config, parse_checkpoint_config
 from trtkit.spec.dtype import DType
+from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.quant import quant_for
+from trtkit.spec.quant import QuantSpec, quant_for
 
 MODEL = ModelSpec(
     name="m",
@@ -90,6 +92,69 @@ def test_int8_stores_bytes_and_one_scale_an_output_channel() -> None:
     )
     assert by_name["lm_head.weight"].dtype is DType.FP16
     assert not any("scale" in t.name for t in checkpoint_tensors(MODEL, quant_for("fp16")))
+
+
+WIDE = replace(MODEL, hidden_size=256, intermediate_size=384, num_heads=8, head_dim=32)
+
+
+def test_int4_is_two_to_a_byte_with_a_scale_for_each_row_and_group() -> None:
+    by_name = {t.name: t for t in checkpoint_tensors(WIDE, quant_for("int4"))}
+    weight, scale = (by_name[f"transformer.layers.0.mlp.proj.{name}"] for name in ("weight", "per_group_scale"))
+    assert (weight.dtype, weight.shape, weight.stored_shape) == (DType.INT4, (256, 384), (256, 192))
+    assert weight.num_bytes == 256 * 192
+    assert (scale.dtype, scale.shape, scale.group) == (DType.FP16, (256, 3), "mlp")
+    assert not any("zero" in name or "channel" in name for name in by_name)
+    zeros = [t for t in checkpoint_tensors(WIDE, replace(quant_for("int4"), zero_points=True)) if "zero" in t.name]
+    assert len(zeros) == 4 * 5
+    assert zeros[-1].shape == (256, 3)
+
+
+def test_int8_in_groups_has_no_scale_of_rows() -> None:
+    names = {t.name.rpartition(".")[2]: t for t in checkpoint_tensors(WIDE, quant_for("int8-gptq").embedded)}
+    assert names["per_group_scale"].shape == (256, 3)
+    assert "per_channel_scale" not in names
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tp", "within", "group"),
+    [({}, 1, 0, 128), ({}, 2, 0, 64), ({}, 1, 32, 32), ({}, 1, 384, 128), ({"intermediate_size": 96}, 1, 0, 32)],
+)
+def test_groups_are_the_largest_that_divide_every_width_of_a_rank(
+    sizes: dict[str, int], tp: int, within: int, group: int
+) -> None:
+    found = with_groups(replace(WIDE, **sizes), quant_for("int4"), Parallelism(tp=tp), within=within)  # type: ignore[arg-type]
+    assert found.group_size == group
+    assert with_groups(WIDE, quant_for("fp16")) == quant_for("fp16")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "within", "says"),
+    [({"intermediate_size": 48}, 0, "MLP width 48 on each of 1"), ({"hidden_size": 72}, 0, "hidden size 72"), ({}, 16, "group size 16")],
+)  # fmt: skip
+def test_widths_without_groups_are_refused_by_name_with_what_is_allowed(
+    sizes: dict[str, int], within: int, says: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=rf"{says}.*128 or 64 or 32.*--precision int8"):
+        with_groups(replace(WIDE, **sizes), quant_for("int4"), within=within)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "quant",
+    [
+        replace(quant_for("int4"), group_size=64, zero_points=True),
+        quant_for("int4", compute=DType.BF16),
+        replace(quant_for("int8"), group_size=32),
+    ],
+)
+def test_groups_and_zero_points_come_back_from_a_config(quant: QuantSpec) -> None:
+    _, found, _ = parse_checkpoint_config(checkpoint_config(WIDE, quant), "c/config.json")
+    assert found == quant
+
+
+def test_the_groups_of_another_writers_awq_are_its_configs() -> None:
+    config = checkpoint_config(WIDE, quant_for("int4-awq"))
+    config["quantization"]["group_size"] = 64
+    assert parse_checkpoint_config(config, "c/config.json")[1].group_size == 64
 
 
 def test_rank_files_are_numbered() -> None:
