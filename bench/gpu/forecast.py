@@ -2,7 +2,8 @@
 
 Floors divide counted work (`trtkit.plan.work`) by somebody's rates: this machine's measured ceilings, or the datasheet's.
 The prediction allows for what kernels leave unused. Its shares are assumed, from the aims of the kernels, until a GPU has
-been measured; `bench/LOG.md` keeps how far off they were. The decode step is taken to be bound by reading.
+been measured; `bench/LOG.md` keeps how far off they were. A decode step lasts as long as the slower of reading its weights
+and multiplying, then come its caches and small kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from bench.gpu.memory import most_in_flight
 from trtkit.benchmark.shares import floor as measured_floor
-from trtkit.benchmark.shares import mean_context, multiply_limit
-from trtkit.plan.work import kv_read_bytes, prefill_flops, weight_read_bytes
+from trtkit.benchmark.shares import mean_context, multiply_limit, prefill_floor_s, wide_limit
+from trtkit.plan.work import attention_flops, head_flops, kv_read_bytes, linear_flops_per_token, weight_read_bytes
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.dtype import DType
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
@@ -24,20 +25,24 @@ from trtkit.spec.units import MS_PER_S
 from trtkit.spec.workload import Workload
 
 WEIGHT_READ_SHARE = 0.90
+PACKED_READ_SHARE = 0.80
+"""Reading INT4: a byte is two weights to unpack, and a scale comes with every group."""
 KV_READ_SHARE = 0.75
 MATMUL_SHARE = 0.92
 FUSED_MATMUL_SHARE = 0.5
 FUSED_TOKENS = 512
-"""Steps of at most so many tokens widen 8-bit weights inside our own product, larger ones before the library's."""
+"""Steps of at most so many tokens widen narrow weights inside our own product, larger ones before the library's."""
+ATTENTION_SHARE = 0.5
+"""A prompt's attention, of the 16-bit matrix rate: about 400 of 800 TFLOP/s."""
 WIDENING_BYTES = 4.0
 """Bytes moved for each weight that is widened first: written and read again in 16 bits."""
-SMALL_KERNEL_BYTES = 42
-"""Bytes that norms, rotation and activation move for each token, layer and hidden element (counted)."""
 STEP_OVERHEAD_MS = 1.0
 """A decode step's small kernels, 0.7 ms by the count in bench/LOG.md, and attention's second pass."""
 ATTAINED = {READ_BYTES_S: 0.90, matmul_key(DType.FP8): 0.70}
 ATTAINED_PRODUCT = 0.80
 """What a ceiling measured on such a card is of its datasheet; stands in for a probe before there is one."""
+DECODE_ROWS = 64
+"""Up to so many tokens a step, products keep 16-bit activations (`trtkit.kernels.matmul`, which needs torch)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,9 +98,10 @@ def floor_numbers(
 ) -> Numbers | None:
     """Counted work over rates, no overhead at all."""
     least = measured_floor(plan, workload, limits, batch) if limits else None
-    if least is None:
+    prefill_s = prefill_floor_s(plan, limits, workload.isl, cached_tokens=cached_tokens(plan, workload))
+    if least is None or prefill_s is None:
         return None
-    return _numbers(workload, batch, least.prefill_s, least.step_s, source, "counted work / rates")
+    return _numbers(workload, batch, prefill_s, least.step_s, source, "counted work / rates")
 
 
 def attainable(gpu: str) -> dict[str, Measured]:
@@ -109,33 +115,77 @@ def attainable(gpu: str) -> dict[str, Measured]:
 
 def predict(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int) -> Numbers | None:
     """The floor by ceilings, with assumed shares for reading weights and caches and multiplying, and small kernels."""
-    reading = limits.get(READ_BYTES_S)
-    if multiply_limit(plan, limits) is None or reading is None or workload.isl == 0:
+    if multiply_limit(plan, limits) is None or READ_BYTES_S not in limits or workload.isl == 0:
         return None
-    model, quant = plan.model, plan.quant
-    weights_s = weight_read_bytes(model, quant) / (reading.value * WEIGHT_READ_SHARE)
-    context = mean_context(plan, workload)
-    cache_s = kv_read_bytes(model, quant, [context] * batch) / (reading.value * KV_READ_SHARE)
-    step_s = weights_s + cache_s + STEP_OVERHEAD_MS / MS_PER_S
-    prefill_s = _prompt_s(plan, workload, limits)
-    return _numbers(workload, batch, prefill_s, step_s, Source.ASSUMED, "ceilings x assumed shares")
+    step_s = step_seconds(plan, workload, limits, batch)
+    return _numbers(
+        workload, batch, _prompt_s(plan, workload, limits), step_s, Source.ASSUMED, "ceilings x assumed shares"
+    )
+
+
+def step_seconds(
+    plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int, drafts: int = 0
+) -> float:
+    """One decode step of `batch` requests. With `drafts` guessed tokens each has so many more rows, and every row reads
+    the request's cache for itself.
+    """
+    model, quant, reading = plan.model, plan.quant, limits[READ_BYTES_S].value
+    rows = batch * (1 + drafts)
+    share = PACKED_READ_SHARE if quant.weights is DType.INT4 else WEIGHT_READ_SHARE
+    weights_s = weight_read_bytes(model, quant) / (reading * share)
+    rate = multiply_limit(plan, limits)
+    assert rate is not None, "asked by the caller"
+    rate = wide_limit(plan, limits, rate) if rows <= DECODE_ROWS else rate
+    products_s = rows * (linear_flops_per_token(model) + head_flops(model)) / (rate.value * FUSED_MATMUL_SHARE)
+    cache_s = kv_read_bytes(model, quant, [mean_context(plan, workload)] * rows) / (reading * KV_READ_SHARE)
+    return max(weights_s, products_s) + cache_s + STEP_OVERHEAD_MS / MS_PER_S
+
+
+def small_kernel_bytes(plan: BuildPlan, tokens: int) -> float:
+    """Bytes that everything between the products moves for each token of a step, all layers (counted).
+
+    Norms and activation write FP8 rows themselves where the products take them; the attention's output is quantised by a
+    kernel of its own.
+    """
+    model = plan.model
+    width, heads, dim = model.hidden_size, model.num_heads, model.head_dim
+    kv_bytes = 2 * model.num_kv_heads * dim * plan.quant.kv.bits / 8
+    fp8 = plan.quant.activations is DType.FP8 and tokens > DECODE_ROWS
+    written = 1 if fp8 else 2
+    norms = 2 * (6 + written) * width
+    rotation = 2 * (2 * heads + 2 * model.num_kv_heads) * dim + kv_bytes
+    activation = (4 + written) * model.intermediate_size
+    quantising = 3 * heads * dim if fp8 else 0
+    return model.num_layers * (norms + rotation + activation + quantising)
 
 
 def _prompt_s(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured]) -> float:
-    """One prompt's share of the steps that it shares with those that arrive together."""
+    """One prompt's share of the steps that it shares with those that arrive together, less what is found in the cache."""
     model, quant = plan.model, plan.quant
     rate, reading = multiply_limit(plan, limits), limits[READ_BYTES_S].value
     assert rate is not None
-    together = workload.concurrency or 1
-    tokens = together * workload.isl
+    together, found = workload.concurrency or 1, cached_tokens(plan, workload)
+    new = workload.isl - found
+    tokens = together * new
     fused = quant.is_weight_only and min(tokens, plan.limits.max_num_tokens) <= FUSED_TOKENS
     share = FUSED_MATMUL_SHARE if fused else MATMUL_SHARE
     steps = math.ceil(tokens / plan.limits.max_num_tokens)
-    weights = weight_read_bytes(model, quant)
-    widening_s = steps * weights * WIDENING_BYTES / reading if quant.is_weight_only and not fused else 0.0
-    small_s = workload.isl * model.num_layers * model.hidden_size * SMALL_KERNEL_BYTES / (reading * MATMUL_SHARE)
-    products_s = prefill_flops(model, workload.isl) / (rate.value * share)
-    return max(products_s + small_s + widening_s / together, steps * weights / reading / together)
+    widened = model.num_layers * model.linear_params_per_layer * WIDENING_BYTES
+    widening_s = steps * widened / reading if quant.is_weight_only and not fused else 0.0
+    small_s = new * small_kernel_bytes(plan, tokens) / (reading * MATMUL_SHARE)
+    wide = wide_limit(plan, limits, rate).value
+    attention_s = attention_flops(model, workload.isl, cached_tokens=found) / (wide * ATTENTION_SHARE)
+    products_s = new * linear_flops_per_token(model) / (rate.value * share) + head_flops(model) / (wide * share)
+    computed_s = products_s + attention_s + small_s + widening_s / together
+    return max(computed_s, steps * weight_read_bytes(model, quant) / reading / together)
+
+
+def cached_tokens(plan: BuildPlan, workload: Workload) -> int:
+    """Prompt tokens that a warm engine finds in its blocks: whole blocks of what the prompts share, at least one computed."""
+    if not plan.limits.enable_block_reuse:
+        return 0
+    size = plan.limits.tokens_per_block
+    return min(getattr(workload, "shared_prefix_tokens", 0), workload.isl - 1) // size * size
 
 
 def _numbers(workload: Workload, batch: int, prefill_s: float, step_s: float, source: Source, note: str) -> Numbers:
