@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engine_models import limits, make_hf, spec_of, trtllm_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trtkit.engine import dummy
 from trtkit.engine.dummy import dummy_weights
@@ -125,3 +126,31 @@ def test_random_weights_larger_than_memory_are_refused_before_they_are_made(tmp_
     plan = replace(_plan("int8"), model=replace(MODEL, vocab_size=1 << 40))
     with pytest.raises(CapacityError, match=r"random weights of tiny take .* free"):
         open_embedded(_bundle(tmp_path, plan))
+
+
+class _Draws(TorchDispatchMode):
+    """Notes the memory of every tensor that random numbers are drawn into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: list[int] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):  # type: ignore[no-untyped-def]
+        result = function(*arguments, **(keywords or {}))
+        if "rand" in function.__name__ or "normal" in function.__name__:
+            self.memory.append(result.untyped_storage().data_ptr())
+        return result
+
+
+def test_all_numbers_are_drawn_into_the_same_memory_so_that_weights_lie_without_holes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = max(MODEL.vocab_size * MODEL.hidden_size, 2 * MODEL.intermediate_size * MODEL.hidden_size)
+    monkeypatch.setattr(dummy, "_CHUNK_ELEMENTS", MODEL.hidden_size * 8)
+    with _Draws() as draws:
+        made = dummy_weights(MODEL, quant_for("int8", compute=DType.FP32))
+    assert len(draws.memory) > wide // (MODEL.hidden_size * 8)
+    # A matrix with longer rows than those before it may ask for a larger buffer, which is all there is to it.
+    assert len(dict.fromkeys(draws.memory)) <= 2
+    assert draws.memory == sorted(draws.memory, key=list(dict.fromkeys(draws.memory)).index)
+    assert made.layers[0].qkv.weight.float().std() > 20
