@@ -19,13 +19,14 @@ from trtkit.cli.app import build_app
 from trtkit.spec.errors import CapacityError, InputError, OutputError, UsageError
 from trtkit.trtllm.journal import NAME as JOURNAL_NAME
 
-SLOW_CONVERT = """
-import sys, time
+STOPPING_CONVERT = """
+import itertools, sys, time
 from trtkit.trtllm.piece import PieceWorker
-real = PieceWorker.move
+real, count = PieceWorker.move, itertools.count(1)
 def move(self, piece):
+    if next(count) > 6:
+        time.sleep(600)
     real(self, piece)
-    time.sleep(0.05)
 PieceWorker.move = move
 from trtkit.cli.app import main
 sys.argv = ["trtkit", "convert", *sys.argv[1:]]
@@ -73,18 +74,18 @@ def test_bad_convert_arguments_are_one_line(tmp_path: Path, arguments: tuple[str
 
 def test_a_conversion_killed_with_kill_9_continues(tmp_path: Path) -> None:
     write_model(tmp_path / "m")
-    command = [sys.executable, "-c", SLOW_CONVERT, str(tmp_path / "m"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", STOPPING_CONVERT, str(tmp_path / "m"), str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal = tmp_path / "out.partial" / JOURNAL_NAME
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline and (not journal.is_file() or journal.read_bytes().count(b"\n") < 6):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not journal.is_file() or journal.read_bytes().count(b"\n") < 7):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out").exists()
     code, out, _ = trtkit("convert", str(tmp_path / "m"), str(tmp_path / "out"), "--json")
     assert code == 0
-    assert 5 <= json.loads(out)["resumed_pieces"] < json.loads(out)["pieces"]
+    assert json.loads(out)["resumed_pieces"] == 6 < json.loads(out)["pieces"]
     trtkit("convert", str(tmp_path / "m"), str(tmp_path / "fresh"))
     assert (tmp_path / "out" / "rank0.safetensors").read_bytes() == (
         tmp_path / "fresh" / "rank0.safetensors"

@@ -85,6 +85,8 @@ class FakeScript:
     failing_ids: tuple[str, ...] = ()
     kv: str = "full"
     evicts: bool = True
+    together: tuple[int, ...] = ()
+    """For each call of `generate`: nobody gets a token before that many requests run, however late they arrive."""
 
 
 @dataclass
@@ -99,6 +101,7 @@ class _Counters:
     tokens: int = 0
     blocks_peak: int = 0
     requests_peak: int = 0
+    calls: int = 0
     evictions: int = 0
     tokens_evicted: int = 0
     seen: list[Request] = field(default_factory=list)
@@ -133,6 +136,7 @@ class FakeEngine:
 
     def generate(self, requests: Iterable[Request | None]) -> Iterator[TokenEvent]:
         source, open_ended = iter(requests), True
+        company = self._company()
         while open_ended or self._running:
             admitted: list[_Running] = []
             while open_ended and len(self._running) < self.script.max_batch_size:
@@ -150,8 +154,18 @@ class FakeEngine:
                 running = _Running(request=request, cached=len(request.prompt_ids))
                 self._running[request.request_id] = running
                 admitted.append(running)
+            if open_ended and len(self._running) < company:
+                self.clock.pass_ns(100_000)
+                continue
+            company = 0
             if self._running:
                 yield from self._step(admitted)
+
+    def _company(self) -> int:
+        """How many requests this call waits for before its first token."""
+        self.counters.calls += 1
+        together = self.script.together
+        return together[self.counters.calls - 1] if self.counters.calls <= len(together) else 0
 
     def _step(self, admitted: list[_Running]) -> Iterator[TokenEvent]:
         for running in admitted:

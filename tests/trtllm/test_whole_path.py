@@ -145,7 +145,7 @@ def test_a_dead_worker_is_reported_with_its_last_words_and_leaves_nobody_behind(
             tokens(engine)
     finally:
         engine.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while workers() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert workers() == []
@@ -248,7 +248,7 @@ def test_a_launcher_with_as_many_ranks_as_the_engine_runs_it(quick: pytest.Monke
             program, "-n", str(ranks), "trtllm-llmapi-launch", sys.executable, "-m", "trtkit", "generate", str(path),
             "--prompt-ids", "1,2,3", "--max-tokens", "2", "--json",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=dict(os.environ))
         assert done.returncode == code, done.stderr
         assert ("launched with 3 ranks" in done.stderr) == (ranks == 3)
 

@@ -120,6 +120,7 @@ class ClockSampler:
 
     def _run(self) -> None:
         assert self._gauge is not None
+        self._seen.append(self._gauge.read())
         while not self._stop.wait(self._interval_s):
             self._seen.append(self._gauge.read())
 

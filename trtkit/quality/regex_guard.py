@@ -19,6 +19,7 @@ MAX_TEXT_CHARACTERS = 100_000
 TIMEOUT_S = 2.0
 _WORKER = (
     "import json, re, sys\n"
+    "print('ready', flush=True)\n"
     "for line in sys.stdin:\n"
     "    pattern, text = json.loads(line)\n"
     "    print(int(re.search(pattern, text) is not None), flush=True)\n"
@@ -75,6 +76,8 @@ class RegexGuard:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, a constant program
                 [sys.executable, "-I", "-c", _WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
+            assert self._process.stdout is not None
+            self._process.stdout.readline()  # an interpreter that starts slowly is not a slow pattern
         return self._process
 
     def _stop(self) -> None:

@@ -29,7 +29,7 @@ def test_resident_set_of_another_process_is_seen() -> None:
         difference = RssGauge(large.pid).read_bytes() - RssGauge(small.pid).read_bytes()
         for process in (small, large):
             process.communicate("\n")
-    assert 60 * MIB < difference < 70 * MIB
+    assert 60 * MIB < difference < 80 * MIB, "64 MiB, and what the interpreters share differently"
 
 
 def test_descendants_count() -> None:

@@ -67,7 +67,8 @@ def bundle(tmp_path: Path, name: str = "fake", **script: object) -> Path:
 
 def test_each_cell_leaves_one_record_that_holds_everything(tmp_path: Path) -> None:
     wanted = protocol(workload(), workload(isl=32, concurrency=4, num_requests=12), repeats=3)
-    done = run([bundle(tmp_path, "one"), bundle(tmp_path, "two")], tmp_path, wanted)
+    together = (2,) * 4 + (4,) * 4  # a warm-up and three repeats of each load
+    done = run([bundle(tmp_path, name, together=together) for name in ("one", "two")], tmp_path, wanted)
     assert [r.engine.name for r in done.results] == ["one", "one", "two", "two"]
     assert sorted(done.paths) == sorted((tmp_path / "out").glob("*.json"))
     for path, result in zip(done.paths, done.results, strict=True):
@@ -242,13 +243,18 @@ def test_progress_ends_at_its_total(tmp_path: Path) -> None:
 SCRIPT = """
 import signal
 import sys
+import time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background hands down a deaf one
 from trtkit.benchmark.run import Settings, run_bench
 from trtkit.benchmark.targets import open_targets
 from trtkit.spec.workload import Protocol, Workload
 loads = tuple(Workload(isl=n, osl=4, num_requests=6, concurrency=2) for n in (16, 20, 24, 28))
-settings = Settings(output_dir=Path(sys.argv[2]), opener=sys.argv[3], limits=lambda device: {})
+def progress(phase, done, total):
+    if sys.argv[4] == "wait" and "ISL 24" in phase and done == 3:
+        Path(sys.argv[2], "waiting").touch()
+        time.sleep(600)
+settings = Settings(output_dir=Path(sys.argv[2]), opener=sys.argv[3], limits=lambda device: {}, progress=progress)
 run_bench(open_targets([Path(sys.argv[1])]), Protocol(name="test", workloads=loads, repeats=1), settings)
 """
 
@@ -257,19 +263,21 @@ run_bench(open_targets([Path(sys.argv[1])]), Protocol(name="test", workloads=loa
 def test_a_killed_run_keeps_its_finished_cells_leaves_no_child_and_continues(
     tmp_path: Path, how: signal.Signals
 ) -> None:
-    path, out = bundle(tmp_path, step_ns=5_000_000), tmp_path / "out"
+    path, out = bundle(tmp_path), tmp_path / "out"
     command = [sys.executable, "-c", SCRIPT, str(path), str(out), OPENER]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 30
-        while len(list(out.glob("*.json"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.005)
+    with subprocess.Popen([*command, "wait"], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "waiting").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
         children = psutil.Process(process.pid).children(recursive=True)
+        assert children
         process.send_signal(how)
+    (out / "waiting").unlink()
     finished = {record: record.read_bytes() for record in out.glob("*.json")}
-    assert 2 <= len(finished) < 4
-    _, alive = psutil.wait_procs(children, timeout=5)
+    assert len(finished) == 2
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-    subprocess.run(command, check=True)
+    subprocess.run([*command, "go"], check=True)
     assert len(list(out.glob("*.json"))) == 4
     assert all(record.read_bytes() == content for record, content in finished.items())
     assert [p.name for p in out.iterdir() if p.suffix != ".json"] == []
