@@ -60,7 +60,7 @@ def product(matrix: Linear, x_TI: Tensor | Fp8Rows, out: Tensor | None = None) -
         return fp8_product(*operands, x_TI.dtype, out=out)
     if matrix.scale is not None and matrix.weight.dtype is torch.float8_e4m3fn:
         return fp8_linear(x_TI, matrix.weight, matrix.scale, matrix.bias, out=out)
-    return linear(x_TI, matrix.weight, matrix.scale, matrix.bias, out=out)
+    return linear(matrix.scaled(x_TI), matrix.weight, matrix.scale, matrix.bias, zero=matrix.zero, out=out)
 
 
 def forward(parts: Parts, step: DeviceStep, token_ids_T: Tensor) -> tuple[Tensor, Tensor]:
