@@ -46,7 +46,8 @@ def _tp_slice(name: str, tensor: torch.Tensor, model: ModelSpec, tp: int, rank: 
         kv_rank = rank * model.num_kv_heads // tp if tp > model.num_kv_heads else rank
         kv_parts = min(tp, model.num_kv_heads)
         return torch.cat([q.chunk(tp)[rank], k.chunk(kv_parts)[kv_rank], v.chunk(kv_parts)[kv_rank]])
-    if name.endswith((".dense.weight", ".proj.weight")):
+    module, _, what = name.rpartition(".")
+    if module.endswith((".dense", ".proj")) and what in ("weight", "per_group_scale", "per_group_zero"):
         return tensor.chunk(tp, dim=1)[rank]
     if ".fc." in name or ".gate." in name:
         return tensor.chunk(tp)[rank]

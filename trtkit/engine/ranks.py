@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtkit.spec.checkpoint import LM_HEAD, VOCAB_EMBEDDING, rank_file
+from trtkit.spec.checkpoint import GROUP_SCALE, GROUP_ZERO, INPUT_SCALE, LM_HEAD, VOCAB_EMBEDDING, rank_file
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
 
 _LAYER = re.compile(r"^(transformer\.layers\.)(\d+)(\..+)$")
+_ALONG_INPUTS = ("weight", GROUP_SCALE, GROUP_ZERO, "weights_scaling_factor")
+"""What has the inputs, or groups of them, in its last dimension."""
+_INPUT_VECTORS = (INPUT_SCALE, "prequant_scaling_factor")
 
 
 class RankReader:
@@ -30,12 +33,18 @@ class RankReader:
         self._model, self._parallel = model, parallel
         self._paths = [directory / rank_file(rank) for rank in range(parallel.world_size)]
         self._handles = [_open(path) for path in self._paths]
+        self._names = [frozenset(handle.keys()) for handle in self._handles]
 
     def __enter__(self) -> RankReader:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._handles.clear()
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor, by its first rank."""
+        stage, local = self._locate(name)
+        return local in self._names[stage * self._parallel.tp]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the unsplit model; `name` counts layers from 0 over the whole model.
@@ -77,8 +86,13 @@ def _merger(name: str, model: ModelSpec, tp: int) -> Merger:
     """How the ranks' parts of a tensor go together, by its name."""
     if ".attention.qkv." in name:
         return lambda parts, _: _merge_qkv(parts, model, tp)
-    if name.endswith((".attention.dense.weight", ".mlp.proj.weight")):
-        return lambda parts, _: torch.cat(parts, dim=1)
+    module, _, what = name.rpartition(".")
+    if module.endswith((".attention.dense", ".mlp.proj")):
+        if what in _ALONG_INPUTS:
+            return lambda parts, _: torch.cat(parts, dim=1)
+        return (lambda parts, _: torch.cat(parts)) if what in _INPUT_VECTORS else _same_everywhere
+    if what in _INPUT_VECTORS:
+        return _same_everywhere
     if ".mlp.fc." in name or ".mlp.gate." in name or name in (VOCAB_EMBEDDING, LM_HEAD):
         return lambda parts, _: torch.cat(parts, dim=0)
     return _same_everywhere

@@ -1,7 +1,8 @@
 """A TensorRT-LLM checkpoint as matrices ready to multiply: ranks merged, q|k|v and gate|up fused.
 
 Names and split are `trtkit.spec.checkpoint`'s. TensorRT-LLM's `mlp.fc` is the gated (SiLU) half and `mlp.gate` the
-other. INT8 stays int8 and FP8 float8_e4m3fn, each with one scale per output channel.
+other. INT8 stays int8, with one scale per output channel or per group of inputs, INT4 stays packed, in groups, and FP8
+float8_e4m3fn with one scale per output channel.
 """
 
 from __future__ import annotations
@@ -13,47 +14,70 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from trtkit.engine.int4 import grouped_linear
 from trtkit.engine.int8 import int8_linear
 from trtkit.engine.matmul import linear, pack
+from trtkit.engine.modelopt_awq import AwqReader
 from trtkit.engine.paged_cache import torch_dtype
 from trtkit.engine.ranks import RankReader
 from trtkit.kernels.matmul import fp8_linear
-from trtkit.spec.checkpoint import FINAL_NORM, LM_HEAD, VOCAB_EMBEDDING, layer_prefix
+from trtkit.spec.checkpoint import (
+    FINAL_NORM,
+    GROUP_SCALE,
+    GROUP_ZERO,
+    INPUT_SCALE,
+    LM_HEAD,
+    ROW_SCALE,
+    VOCAB_EMBEDDING,
+    layer_prefix,
+)
 from trtkit.spec.checkpoint_config import read_checkpoint_config
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.model import ModelSpec
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import FP8_ROWWISE, INT4_GROUPS, INT8_ROWS, MODELOPT_AWQ, QuantSpec
 
 TensorSource = Callable[[str], Tensor]
-_RUNNABLE = (None, "W8A16", "FP8_PER_CHANNEL_PER_TOKEN")
-_QUANTISED = {torch.int8: "INT8", torch.float8_e4m3fn: "FP8"}
+_RUNNABLE = (None, INT8_ROWS, FP8_ROWWISE, INT4_GROUPS, MODELOPT_AWQ)
+_QUANTISED = {torch.int8: "INT8", torch.uint8: "INT4", torch.float8_e4m3fn: "FP8"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """`x @ weight.T (* scale) (+ bias)`.
+    """`(x * input_scale) @ dequantised(weight).T (+ bias)`.
 
-    `weight` [out, in] is int8 or float8_e4m3fn exactly when there is a `scale` [out], in the compute type for int8 and
-    fp32 for FP8; else it comes from `pack`.
+    `weight` [out, in] is quantised exactly when there is a `scale`: int8 with one in the compute type for each row, [out],
+    or for each row and group of inputs, [out, groups]; uint8 [out, in / 2] (packed INT4, see `trtkit.kernels.int4`) with
+    [out, groups]; float8_e4m3fn with [out] in fp32. Else it comes from `pack`. `zero` [out, groups] is the number that
+    stands for 0, None where that is 0 itself; `input_scale` [in] is what AWQ multiplies activations with, None is 1.
     """
 
     weight: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
+    zero: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
+        x_TI = self.scaled(x_TI)
         if self.scale is None:
             return linear(x_TI, self.weight, self.bias)
         if self.weight.dtype is torch.float8_e4m3fn:
             return fp8_linear(x_TI, self.weight, self.scale, self.bias)
-        y_TO = int8_linear(x_TI, self.weight, self.scale)
+        if self.scale.dim() == 2:
+            y_TO = grouped_linear(x_TI, self.weight, self.scale, self.zero)
+        else:
+            y_TO = int8_linear(x_TI, self.weight, self.scale)
         return y_TO if self.bias is None else y_TO.add_(self.bias)
+
+    def scaled(self, x_TI: Tensor) -> Tensor:
+        """Activations as the weight wants them."""
+        return x_TI if self.input_scale is None else x_TI * self.input_scale
 
     def tensors(self) -> list[Tensor]:
         """What it holds in memory."""
-        return [t for t in (self.weight, self.scale, self.bias) if t is not None]
+        return [t for t in (self.weight, self.scale, self.bias, self.zero, self.input_scale) if t is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,11 +133,13 @@ def load_weights(directory: Path, *, dtype: DType | None = None, device: str = "
     model, quant, parallel = read_checkpoint_config(directory)
     if quant.algo not in _RUNNABLE:
         raise UnsupportedError(
-            f"{directory}: the embedded engine does not run quantisation {quant.algo}; it runs W8A16 (int8) and "
-            "FP8_PER_CHANNEL_PER_TOKEN (fp8-rowwise)"
+            f"{directory}: the embedded engine does not run quantisation {quant.algo}; it runs W8A16 (int8), W4A16 (int4), "
+            "W4A16_AWQ (int4-awq) and FP8_PER_CHANNEL_PER_TOKEN (fp8-rowwise)"
         )
-    with RankReader(directory, model, parallel) as reader:
-        return assemble(model, reader.tensor, dtype=dtype or quant.compute, device=device), quant
+    awq = quant.algo == MODELOPT_AWQ
+    opened = AwqReader(directory, model, quant, parallel) if awq else RankReader(directory, model, parallel)
+    with opened as reader:
+        return assemble(model, reader.tensor, reader.has, dtype=dtype or quant.compute, device=device), quant
 
 
 def weights_from_tensors(
@@ -126,12 +152,14 @@ def weights_from_tensors(
             raise InputError(f"model {model.name!r}: tensor {name} is missing")
         return tensors[name]
 
-    return assemble(model, source, dtype=dtype, device=device)
+    return assemble(model, source, tensors.__contains__, dtype=dtype, device=device)
 
 
-def assemble(model: ModelSpec, source: TensorSource, *, dtype: DType, device: str) -> ModelWeights:
-    """Fuse and place what `source` gives by name."""
-    builder = _Builder(model, source, torch_dtype(dtype), device)
+def assemble(
+    model: ModelSpec, source: TensorSource, has: Callable[[str], bool], *, dtype: DType, device: str
+) -> ModelWeights:
+    """Fuse and place what `source` gives by name; `has` tells which names there are."""
+    builder = _Builder(model, source, has, torch_dtype(dtype), device)
     embedding = builder.plain(VOCAB_EMBEDDING, (model.vocab_size, model.hidden_size))
     tied = model.tie_embeddings
     return ModelWeights(
@@ -146,8 +174,11 @@ def assemble(model: ModelSpec, source: TensorSource, *, dtype: DType, device: st
 class _Builder:
     """Takes tensors by name, checks shape and values, converts, fuses."""
 
-    def __init__(self, model: ModelSpec, source: TensorSource, dtype: torch.dtype, device: str) -> None:
-        self.model, self.source, self.dtype, self.device = model, source, dtype, device
+    def __init__(
+        self, model: ModelSpec, source: TensorSource, has: Callable[[str], bool], dtype: torch.dtype, device: str
+    ) -> None:
+        self.model, self.source, self.has = model, source, has
+        self.dtype, self.device = dtype, device
 
     def layer(self, index: int) -> LayerWeights:
         model, prefix = self.model, layer_prefix(index)
@@ -167,13 +198,13 @@ class _Builder:
         )
 
     def plain(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        tensor = self._checked(name, shape)
+        tensor = _checked(self.source(name), name, shape)
         if not tensor.is_floating_point():
             raise InputError(f"{name}: is {tensor.dtype}, expected a floating-point type")
         return tensor.to(device=self.device, dtype=dtype or self.dtype, copy=True).contiguous()
 
     def linear(self, names: list[str], rows: int, columns: int, *, bias: bool) -> Linear:
-        parts = [self._checked(f"{name}.weight", (rows, columns)) for name in names]
+        parts = [self._matrix(f"{name}.weight", rows, columns) for name in names]
         stored = parts[0].dtype
         quantised = stored in _QUANTISED
         if any(part.dtype is not stored and (quantised or part.dtype in _QUANTISED) for part in parts):
@@ -182,24 +213,58 @@ class _Builder:
                 f"{named}: one is {_QUANTISED.get(stored) or _QUANTISED[parts[1].dtype]} and the other is not"
             )
         weight_type = stored if quantised else self.dtype
-        scale_type = torch.float32 if stored is torch.float8_e4m3fn else self.dtype
-        scale_names = [f"{name}.per_channel_scale" for name in names]
+        scale, zero = self._scales(names, stored, rows, columns) if quantised else (None, None)
         return Linear(
             weight=pack(torch.cat([part.to(device=self.device, dtype=weight_type) for part in parts])),
-            scale=self._rows(scale_names, rows, scale_type) if quantised else None,
-            bias=self._rows([f"{name}.bias" for name in names], rows, self.dtype) if bias else None,
+            scale=scale,
+            bias=self._joined(names, "bias", (rows,), self.dtype) if bias else None,
+            zero=zero,
+            input_scale=self._input_scale(names, columns) if quantised else None,
         )
 
-    def _rows(self, names: list[str], rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.cat([self.plain(name, (rows,), dtype) for name in names])
-
-    def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _matrix(self, name: str, rows: int, columns: int) -> Tensor:
         tensor = self.source(name)
-        if tuple(tensor.shape) != shape:
-            raise InputError(f"{name}: has shape {tuple(tensor.shape)}, the config asks for {shape}")
-        if tensor.is_floating_point() and not _all_finite(tensor):
-            raise InputError(f"{name}: holds NaN or infinity; the checkpoint is damaged, convert it again")
-        return tensor
+        return _checked(tensor, name, (rows, columns // 2 if tensor.dtype is torch.uint8 else columns))
+
+    def _scales(self, names: list[str], stored: torch.dtype, rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
+        """Scales, and zero points where there are any."""
+        if stored is torch.float8_e4m3fn:
+            return self._joined(names, ROW_SCALE, (rows,), torch.float32), None
+        if stored is torch.int8 and not self.has(f"{names[0]}.{GROUP_SCALE}"):
+            return self._joined(names, ROW_SCALE, (rows,), self.dtype), None
+        groups = self._num_groups(names[0], columns)
+        scale = self._joined(names, GROUP_SCALE, (rows, groups), self.dtype)
+        zeros = any(self.has(f"{name}.{GROUP_ZERO}") for name in names)
+        return scale, self._joined(names, GROUP_ZERO, (rows, groups), self.dtype) if zeros else None
+
+    def _num_groups(self, name: str, columns: int) -> int:
+        shape = self.source(f"{name}.{GROUP_SCALE}").shape
+        groups = shape[1] if len(shape) == 2 else 0
+        if groups < 1 or columns % groups or columns // groups % 2:
+            raise InputError(
+                f"{name}.{GROUP_SCALE}: has shape {tuple(shape)}, which makes no groups of {columns} inputs"
+            )
+        return groups
+
+    def _input_scale(self, names: list[str], columns: int) -> Tensor | None:
+        """What the matrices' common input is multiplied with."""
+        if not any(self.has(f"{name}.{INPUT_SCALE}") for name in names):
+            return None
+        first, *others = (self.plain(f"{name}.{INPUT_SCALE}", (columns,)) for name in names)
+        if any(not torch.equal(first, other) for other in others):
+            raise InputError(f"{' and '.join(names)}: their {INPUT_SCALE} differ, though they have one input")
+        return first
+
+    def _joined(self, names: list[str], what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.cat([self.plain(f"{name}.{what}", shape, dtype) for name in names])
+
+
+def _checked(tensor: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise InputError(f"{name}: has shape {tuple(tensor.shape)}, the config asks for {shape}")
+    if tensor.is_floating_point() and not _all_finite(tensor):
+        raise InputError(f"{name}: holds NaN or infinity; the checkpoint is damaged, convert it again")
+    return tensor
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -1,0 +1,60 @@
+"""INT4 in groups by code of our own: checkpoints in the embedded engine's form, built number by number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+def packed(numbers: torch.Tensor, group: int) -> torch.Tensor:
+    """uint8 [out, in / 2] of numbers -8 to 7: byte j of a group holds inputs j (low) and j + group / 2 (high)."""
+    rows = []
+    for row in (numbers.long() + 8).tolist():
+        line = []
+        for start in range(0, len(row), group):
+            half = group // 2
+            line += [row[start + j] + 16 * row[start + half + j] for j in range(half)]
+        rows.append(line)
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def unpacked(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """The numbers again, int64 [out, in]."""
+    half, rows = group // 2, []
+    for row in weight.tolist():
+        line: list[int] = []
+        for start in range(0, len(row), half):
+            part = row[start : start + half]
+            line += [byte % 16 - 8 for byte in part] + [byte // 16 - 8 for byte in part]
+        rows.append(line)
+    return torch.tensor(rows)
+
+
+def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+    return name.startswith("transformer.layers") and name.endswith(".weight") and tensor.ndim == 2
+
+
+def int4_groups(
+    tensors: Mapping[str, torch.Tensor], group: int, *, zeros: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A checkpoint's matrices in INT4, and what they then stand for, both by TensorRT-LLM's names."""
+    stored, meant = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if not is_matrix(name, tensor):
+            continue
+        prefix, grouped = name.removesuffix("weight"), tensor.float().unflatten(1, (-1, group))
+        if zeros:
+            low, high = grouped.amin(2), grouped.amax(2)
+            scale = (high - low) / 15
+            zero = (-8 - low / scale).round().clamp(-8, 7)
+        else:
+            scale = grouped.abs().amax(2) / 7
+            zero = torch.zeros_like(scale)
+        numbers = (grouped / scale[:, :, None] + zero[:, :, None]).round().clamp(-8, 7)
+        meant[name] = ((numbers - zero[:, :, None]) * scale[:, :, None]).flatten(1)
+        stored[name] = packed(numbers.flatten(1), group)
+        stored[f"{prefix}per_group_scale"] = scale
+        if zeros:
+            stored[f"{prefix}per_group_zero"] = zero
+    return stored, meant
