@@ -25,7 +25,7 @@ def row(family: str, *, ok: bool) -> Row:
 
 
 def test_a_family_alone_answers_from_a_process_of_its_own():
-    rows, lost = alone(FIRST, "sampling", rehearse=True, limit_s=120)
+    rows, lost = alone(FIRST, "sampling", rehearse=True, limit_s=900)
     assert rows
     assert {found.check.family for found in rows} == {"sampling"}
     assert all(found.check.ok for found in rows)
@@ -34,7 +34,7 @@ def test_a_family_alone_answers_from_a_process_of_its_own():
 
 def test_a_process_that_dies_counts_as_a_lost_context(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(selfcheck, "__file__", "/does/not/exist.py")
-    rows, lost = alone(FIRST, "sampling", rehearse=True, limit_s=60)
+    rows, lost = alone(FIRST, "sampling", rehearse=True, limit_s=900)
     assert lost
     assert "exit code 2" in rows[0].check.message
 

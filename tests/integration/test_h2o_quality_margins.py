@@ -23,7 +23,7 @@ SEQUENCES = 12
 
 @pytest.fixture(scope="module")
 def recall_toy():
-    return train(RECALL_STAGES, seed=3, limit_s=600, goal=0.99)
+    return train(RECALL_STAGES, seed=3, limit_s=3600, goal=0.99)
 
 
 def recalled(toy, policy, *, budget=48, regime="after questions", zipf=1.5, interval=1):
@@ -64,7 +64,7 @@ def test_random_is_worth_about_its_share_of_the_pairs(recall_toy):
 @pytest.mark.slow
 def test_recall_needs_positions_less_than_the_distance_task_does(recall_toy):
     """Why recall alone proves little: a classic position fault wrecks the distance task, and recall hardly shows it."""
-    toy = train(DISTANCE_STAGES, seed=3, limit_s=600, goal=0.98)
+    toy = train(DISTANCE_STAGES, seed=3, limit_s=3600, goal=0.98)
     examples = distance_examples(np.random.default_rng(5), SEQUENCES)
     kv = spelled("H2O mean", 48, 1)
     with open_toy(toy, kv, sequences=SEQUENCES) as engine:
