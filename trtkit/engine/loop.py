@@ -25,7 +25,7 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.engine import EngineInfo, FinishReason, KVStats, Request, ScoreRequest, ScoreResult, TokenEvent
 from trtkit.spec.errors import EngineError, TrtkitError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVPolicySpec
-from trtkit.spec.plan import Limits
+from trtkit.spec.plan import Limits, check_block_reuse
 
 _IDLE_SLEEP_S = 0.0005
 
@@ -60,6 +60,7 @@ class EmbeddedEngine:
         model = weights.model
         self._limits = limits
         self._policy = kv_policy or KVPolicySpec()
+        check_block_reuse(limits, self._policy)
         self._pool = BlockPool(num_blocks)
         self._scheduler = Scheduler(limits, self._pool)
         cache = PagedCache(model, num_blocks, limits.tokens_per_block, kv_dtype, device)
@@ -158,6 +159,8 @@ class EmbeddedEngine:
             tokens_evicted=counters.tokens_evicted,
             blocks_freed=counters.blocks_freed,
             side_bytes=counters.side_bytes,
+            prompt_tokens_reused=self._scheduler.prompt_tokens_reused,
+            blocks_cached=self._pool.num_idle,
         )
 
     def check(self) -> None:
@@ -188,6 +191,7 @@ class EmbeddedEngine:
         finally:
             for sequence in list(self._active.values()):
                 self._retire(sequence)
+            self._scheduler.abandon()
             self._cancelled.clear()
             self._busy = False
 
@@ -243,6 +247,7 @@ class EmbeddedEngine:
                 new_blocks=step.new_blocks,
             )
         )
+        self._scheduler.launched()
         awaited = []
         for sequence in (feed.sequence for feed in step.feeds if feed.samples):
             awaited.append(Awaited(sequence=sequence, index=len(sequence.output_ids)))

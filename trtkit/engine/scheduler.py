@@ -3,6 +3,9 @@
 Served in order of arrival, prefill and decode alike, within `max_num_tokens` tokens and `max_batch_size` requests.
 When blocks run out, the latest arrival gives its blocks back and is computed again later. The earliest can
 always take what it needs, and what it needs fits the pool (checked at `add`), so no state is a deadlock.
+
+With block reuse a sequence starts on the blocks that hold the beginning of its prompt already, which others may own,
+too. Blocks can be found from the moment the step that fills them is made: that step writes them before it reads.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from trtkit.engine.block_pool import BlockPool
+from trtkit.engine.prefix_cache import PrefixCache
 from trtkit.engine.sequence import Sequence, SequenceState, blocks_for
 from trtkit.spec.errors import CapacityError, UsageError
 from trtkit.spec.plan import Limits
@@ -50,7 +54,9 @@ class Scheduler:
         self.pool = pool
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.prefixes = PrefixCache(pool, limits.tokens_per_block) if limits.enable_block_reuse else None
         self.preemptions = 0
+        self.prompt_tokens_reused = 0
         self.peak_running = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -100,10 +106,9 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.state is SequenceState.RUNNING:
                 budget -= self._feed(sequence, budget, step)
-        while budget > 0 and self.waiting and not step.preempted and self._admissible(self.waiting[0]):
+        while budget > 0 and self.waiting and not step.preempted and self._admissible_now(self.waiting[0]):
             sequence = self.waiting.pop(0)
-            sequence.state = SequenceState.RUNNING
-            insort(self.running, sequence, key=lambda s: s.arrival)
+            self._admit(sequence)
             taken = self._feed(sequence, budget, step)
             budget -= taken
             if not taken:
@@ -111,6 +116,16 @@ class Scheduler:
         self.peak_running = max(self.peak_running, len(self.running))
         assert step.feeds or not self.has_work, "the scheduler made no progress"
         return step
+
+    def launched(self) -> None:
+        """The step made last was launched: what it writes can be read from now on."""
+        if self.prefixes is not None:
+            self.prefixes.written()
+
+    def abandon(self) -> None:
+        """Nobody is left. If the step made last was never launched, forget what it was to write."""
+        if self.prefixes is not None:
+            self.prefixes.abandon()
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its blocks."""
@@ -124,6 +139,7 @@ class Scheduler:
     def trim(self, sequence: Sequence) -> int:
         """Free the tail blocks that `cache_len` no longer needs (after a compaction); returns how many."""
         keep = self._blocks(sequence.cache_len)
+        assert keep >= sequence.published, f"{sequence.request_id}: blocks that others may read stay"
         tail = sequence.block_table[keep:]
         del sequence.block_table[keep:]
         self.pool.free(tail, sequence.request_id)
@@ -132,6 +148,8 @@ class Scheduler:
     def check(self) -> None:
         """Prove the books: blocks conserved, tables long enough, states right."""
         self.pool.check((s.request_id, s.block_table) for s in self._all())
+        if self.prefixes is not None:
+            self.prefixes.check(self._all())
         for sequence in self.running:
             assert sequence.state is SequenceState.RUNNING, f"{sequence.request_id} runs in state {sequence.state}"
             assert len(sequence.block_table) >= self._blocks(sequence.cache_len), f"{sequence.request_id} lacks blocks"
@@ -162,6 +180,8 @@ class Scheduler:
             sequence.block_table += blocks
             step.new_blocks += blocks
         end = sequence.num_tokens + count
+        if self.prefixes is not None:
+            self.prefixes.publish(sequence, end)
         step.feeds.append(
             Feed(
                 sequence=sequence,
@@ -184,18 +204,55 @@ class Scheduler:
         return min(count, budget)
 
     def _admissible(self, sequence: Sequence) -> bool:
-        """Blocks for its tokens so far are free beyond what running prompts still need, with a spare per growing runner.
+        """There is room for its tokens so far beside what is promised to others.
 
-        The spare keeps a new arrival from being preempted by the very next decode steps. A runner that eviction
-        keeps at its cap grows no more and needs none.
+        Blocks it would start on that somebody owns already cost nothing; others are free memory until then.
         """
         if len(self.running) >= self.limits.max_batch_size:
             return False
         if not self.running:
             return True
+        needed = self._blocks(sequence.capped(sequence.known_len))
+        room = self._room()
+        return needed <= room or needed - self._owned_prefix(sequence) <= room
+
+    def _room(self) -> int:
+        """Free blocks beyond what running prompts still need, with a spare for each runner that may grow.
+
+        The spare keeps a new arrival from being preempted by the very next decode steps. A runner that eviction
+        keeps at its cap grows no more and needs none.
+        """
         owed = sum(max(0, self._blocks(s.capped(s.known_len)) - len(s.block_table)) for s in self.running)
         spare = sum(s.capped(s.known_len) < s.peak_slots for s in self.running)
-        return self._blocks(sequence.capped(sequence.known_len)) + owed + spare <= self.pool.num_free
+        return self.pool.num_free - owed - spare
+
+    def _owned_prefix(self, sequence: Sequence) -> int:
+        """Blocks it would start on that somebody owns."""
+        if self.prefixes is None:
+            return 0
+        return sum(map(self.pool.owned, self.prefixes.find(sequence)))
+
+    def _admissible_now(self, sequence: Sequence) -> bool:
+        """Admissible after what this step has allocated and published.
+
+        A preempted sequence whose last token is in flight waits until that is known: the device has forgotten it.
+        """
+        return sequence.value_len == sequence.known_len and self._admissible(sequence)
+
+    def _admit(self, sequence: Sequence) -> None:
+        """Let a sequence run, on the blocks that hold the beginning of its tokens already."""
+        sequence.state = SequenceState.RUNNING
+        insort(self.running, sequence, key=lambda s: s.arrival)
+        if self.prefixes is None:
+            return
+        blocks = self.prefixes.find(sequence)
+        self.pool.share(blocks, sequence.request_id)
+        sequence.block_table += blocks
+        sequence.published = len(blocks)
+        sequence.reused_tokens = len(blocks) * self.limits.tokens_per_block
+        sequence.advance(sequence.reused_tokens)
+        if not sequence.preemptions:
+            self.prompt_tokens_reused += sequence.reused_tokens
 
     def _preempt(self, sequence: Sequence, step: Step) -> None:
         self.running.remove(sequence)
@@ -206,5 +263,8 @@ class Scheduler:
         self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        if self.prefixes is not None:
+            # The last token was never fed; where it was guessed, another one may have been.
+            self.prefixes.publish(sequence, min(sequence.num_tokens, sequence.known_len - 1))
         self.pool.free(reversed(sequence.block_table), sequence.request_id)
         sequence.block_table.clear()

@@ -38,6 +38,9 @@ class Sequence:
     after a preemption the generated tokens are fed again one at a time, as they were the first time.
     `joins_pieces`: a step may feed several pieces of the prompt, because eviction falls between them inside the step.
     `chunk_ends` are positions where a piece must end whatever the quantum (scoring).
+
+    With block reuse the first `published` blocks can be found by their tokens, and others may read them;
+    `reused_tokens` were found so when it was admitted last, and not computed again.
     """
 
     request: Request
@@ -54,6 +57,8 @@ class Sequence:
     num_tokens: int = 0
     cache_len: int = 0
     block_table: list[int] = field(default_factory=list)
+    published: int = 0
+    reused_tokens: int = 0
     preemptions: int = 0
     evictions: int = 0
     tokens_evicted: int = 0
@@ -77,6 +82,11 @@ class Sequence:
     def num_emitted(self) -> int:
         """Output tokens whose value is known here."""
         return sum(token != PENDING for token in self.output_ids[-2:]) + max(0, len(self.output_ids) - 2)
+
+    @property
+    def value_len(self) -> int:
+        """Tokens whose value is known here: prompt and output without what is in flight."""
+        return self.prompt_len + self.num_emitted
 
     @property
     def pending(self) -> int:
@@ -120,6 +130,14 @@ class Sequence:
         head = list(prompt[start : start + count])
         return head + self.output_ids[: count - len(head)]
 
+    def ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """The tokens at positions `start` to `stop`."""
+        prompt = self.request.prompt_ids
+        if stop <= len(prompt):
+            return tuple(prompt[start:stop])
+        output = self.output_ids[max(0, start - len(prompt)) : stop - len(prompt)]
+        return (*prompt[start:], *output)
+
     def advance(self, count: int) -> None:
         """Note that `count` tokens were fed: each took one slot."""
         self.num_tokens += count
@@ -128,7 +146,7 @@ class Sequence:
     def reset(self) -> None:
         """Forget what was computed (preemption); the output stays."""
         assert not self.block_table, "blocks must be freed first"
-        self.num_tokens = self.cache_len = 0
+        self.num_tokens = self.cache_len = self.published = self.reused_tokens = 0
         self.evictions = self.tokens_evicted = 0
         self.state = SequenceState.WAITING
         self.preemptions += 1

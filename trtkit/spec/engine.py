@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
+from trtkit.spec.codec import LATER
 from trtkit.spec.kv import KVPolicySpec
 
 
@@ -69,6 +70,9 @@ class TokenEvent:
 class KVStats:
     """The block pool, now and at its peak. `block_bytes` covers keys and values of all layers.
 
+    `prompt_tokens_reused` were found in blocks of earlier requests and not computed again; `blocks_cached` are free
+    blocks that still hold such tokens. None where the runtime does not tell.
+
     `evictions` counts rounds over all requests, `tokens_evicted` and `blocks_freed` what they released (tokens
     are per sequence: every KV head drops as many), each None where the runtime does not tell; `side_bytes` is what a
     policy stores besides keys and values.
@@ -87,6 +91,8 @@ class KVStats:
     tokens_evicted: int | None = 0
     blocks_freed: int | None = 0
     side_bytes: int = 0
+    prompt_tokens_reused: int | None = field(default=0, metadata=LATER)
+    blocks_cached: int | None = field(default=0, metadata=LATER)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

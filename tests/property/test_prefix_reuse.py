@@ -1,0 +1,135 @@
+"""Blocks of earlier requests are reused, and no token changes: whatever is shared, preempted, cancelled or stopped.
+
+Sizes are small and vocabularies tiny, so that prompts meet by chance as well as by design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.device_engines import Replays, open_device
+from support.engine_models import make_hf, open_hf
+
+from trtkit.engine.loop import EmbeddedEngine
+from trtkit.spec.engine import FinishReason, Request, Sampling
+
+
+@cache
+def _hf() -> Any:
+    return make_hf(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+
+
+@dataclass(frozen=True)
+class Work:
+    """`shared` tokens of text `text`, then `own` tokens of its own."""
+
+    text: int
+    shared: int
+    own: int
+    new: int
+    waits: int
+    sampled: bool
+    stops: int | None
+    cancel_after: int | None
+
+
+works = st.builds(
+    Work,
+    text=st.integers(0, 1),
+    shared=st.integers(0, 30),
+    own=st.integers(0, 8),
+    new=st.integers(1, 14),
+    waits=st.integers(0, 6),
+    sampled=st.booleans(),
+    stops=st.none() | st.integers(3, 40),
+    cancel_after=st.none() | st.none() | st.integers(0, 8),
+)
+engines = st.fixed_dictionaries(
+    {
+        "blocks": st.integers(27, 60),
+        "max_batch_size": st.integers(1, 6),
+        "max_num_tokens": st.integers(6, 64),
+        "tokens_per_block": st.sampled_from([2, 4, 5]),
+    }
+)
+
+
+def _request(index: int, work: Work) -> Request:
+    head = tuple(3 + (5 * work.text + 11 * place) % 80 for place in range(work.shared))
+    own = tuple(3 + (7 * index + 13 * place) % 80 for place in range(max(work.own, 1 - work.shared)))
+    return Request(
+        request_id=str(index),
+        prompt_ids=head + own,
+        max_tokens=work.new,
+        sampling=Sampling(temperature=1.0, seed=index) if work.sampled else Sampling(),
+        stop_ids=() if work.stops is None else tuple(range(work.stops, work.stops + 12)),
+        ignore_eos=True,
+    )
+
+
+def _arrivals(load: list[Work]) -> Iterator[Request | None]:
+    for index, work in enumerate(load):
+        yield from [None] * work.waits
+        yield _request(index, work)
+
+
+def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, list[int]]:
+    """Tokens of each request, the books proved after every event; every request ends exactly once."""
+    tokens: dict[str, list[int]] = {}
+    ended: dict[str, FinishReason] = {}
+    for event in engine.generate(_arrivals(load)):
+        engine.check()
+        assert event.error is None
+        assert event.request_id not in ended, "nothing follows a request's end"
+        told = tokens.setdefault(event.request_id, [])
+        assert event.index == len(told)
+        if event.token_id is not None:
+            told.append(event.token_id)
+        if event.finish is not None:
+            ended[event.request_id] = event.finish
+        elif load[int(event.request_id)].cancel_after == event.index:
+            engine.cancel(event.request_id)
+    assert len(ended) == len(load)
+    engine.check()
+    stats = engine.kv_stats()
+    assert stats.blocks_used == 0
+    assert stats.requests_running == stats.requests_waiting == 0
+    return tokens
+
+
+def _same(plain: dict[str, list[int]], reusing: dict[str, list[int]], load: list[Work]) -> None:
+    for name, tokens in plain.items():
+        # A cancellation takes effect a step sooner or later; what was told until then is the same.
+        shared = min(len(tokens), len(reusing[name]))
+        assert reusing[name][:shared] == tokens[:shared]
+        if load[int(name)].cancel_after is None:
+            assert reusing[name] == tokens
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(load=st.lists(works, min_size=1, max_size=8), options=engines)
+def test_reuse_changes_no_token_on_the_cpu_engine(load: list[Work], options: dict[str, int]) -> None:
+    plain = open_hf(_hf(), max_seq_len=64, **options)
+    reusing = open_hf(_hf(), max_seq_len=64, enable_block_reuse=True, **options)
+    told = _told(plain, load)
+    _same(told, _told(reusing, load), load)
+    # A second time, on whatever the first has left.
+    _same(told, _told(reusing, load), load)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(load=st.lists(works, min_size=1, max_size=8), options=engines, late=st.integers(0, 1))
+def test_reuse_changes_no_token_on_the_device_path(load: list[Work], options: dict[str, int], late: int) -> None:
+    plain = open_device(_hf(), max_seq_len=64, late=late, **options)
+    reusing = open_device(
+        _hf(), max_seq_len=64, enable_block_reuse=True, late=late, capture=Replays() if late else None, **options
+    )
+    told = _told(plain, load)
+    _same(told, _told(reusing, load), load)
+    _same(told, _told(reusing, load), load)
+    assert len(reusing._runner._free) == reusing.info.max_batch_size, "every place in the last tokens is free again"
