@@ -33,6 +33,7 @@ for _folder in (ROOT / "plugins" / "h2o", ROOT):
         sys.path.insert(0, str(_folder))
 
 from trtkit.benchmark.environment import fingerprint  # noqa: E402 - the path comes first
+from trtkit.engine.device.capture import record, waiting_forbidden  # noqa: E402
 from trtkit.spec.codec import from_plain, read_envelope, write_record  # noqa: E402
 from trtkit.spec.measured import Measured  # noqa: E402
 from trtkit.spec.result import Environment  # noqa: E402
@@ -372,11 +373,11 @@ def _elapsed_us(run: Callable[[], object]) -> float:
 
 
 def _captured(call: Call, count: int) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
+    """What replays so many calls. A call that waits for the device is refused before it breaks a capture."""
+    with waiting_forbidden():
+        call(0)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        _calls(call, count)
-    return graph.replay
+    return record(lambda: _calls(call, count)).replay
 
 
 def _timing(samples: Sequence[float], count: int, how: str, note: str) -> Timing:

@@ -181,10 +181,26 @@ class PretendedGpu:
 
     def __init__(self, monkeypatch, *, capturable=True):
         self.now_us, self.graph, self.launched, self.capturable = 0.0, None, 0, capturable
+        self.waiting_is_forbidden = False
         for name in ("Event", "CUDAGraph"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        for name in (
+            "synchronize", "current_stream", "set_stream", "graph_pool_handle", "get_sync_debug_mode", "current_device",
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", self.forbid_waiting)
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *_: None, raising=False)
+
+    def forbid_waiting(self, mode):
+        self.waiting_is_forbidden = mode == "error"
+
+    def wait(self):
+        if self.graph is not None:
+            raise RuntimeError("a capture is broken, and with it the allocator")
+        if self.waiting_is_forbidden:
+            raise RuntimeError("called a synchronizing CUDA operation")
 
     def run(self, duration_us):
         if self.graph is not None:
@@ -218,7 +234,7 @@ class PretendedGpu:
         return Graph()
 
     @contextlib.contextmanager
-    def capture(self, graph):
+    def capture(self, graph, **_):
         self.graph = graph
         try:
             yield
@@ -329,6 +345,18 @@ def test_what_cannot_be_captured_is_launched_and_the_note_says_why(monkeypatch):
     assert timing.how == "events"
     assert timing.median_us == pytest.approx(12.0)
     assert timing.note == "not captured: operation not permitted when stream is capturing"
+
+
+def test_what_waits_for_the_device_is_never_captured(monkeypatch):
+    gpu = PretendedGpu(monkeypatch)
+
+    def call(_):
+        gpu.run(7.0)
+        gpu.wait()
+
+    timing = common.time_on_gpu(call, budget_s=0.01)
+    assert (timing.how, timing.note) == ("events", "not captured: called a synchronizing CUDA operation")
+    assert not gpu.waiting_is_forbidden
 
 
 def real_run(session, monkeypatch):
