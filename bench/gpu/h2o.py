@@ -59,7 +59,7 @@ PAIR_BYTES = int(1.0 * GB)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant in one item. `samples` are the rounds behind the values, in order."""
+    """One variant in one item. `samples` are the rounds behind the values, in order, and `gaps_ms` every step of them."""
 
     item: str
     variant: str
@@ -136,24 +136,28 @@ class Bench:
             for kv, engine in engines.items()
         }
         clock.take_ms()
-        means: dict[str, list[float]] = {kv: [] for kv in engines}
+        gaps: dict[str, list[float]] = {kv: [] for kv in engines}
         blocks: dict[str, list[float]] = {kv: [] for kv in engines}
         spent: list[float] = []
         before = engines[scale.half].kv_stats().evictions
         for _ in range(scale.rounds):
             for kv, run in paced.items():
-                gaps = run.steps_ms(scale.chunk)
-                means[kv].append(statistics.fmean(gaps))
+                gaps[kv] += run.steps_ms(scale.chunk)
                 blocks[kv].append(engines[kv].kv_stats().blocks_used / self.batch)
             spent += clock.take_ms()[-scale.chunk :]
         rounds = engines[scale.half].kv_stats().evictions - before
         for kv, run in paced.items():
             run.close()
-            self._add_steps(item, kv, means, blocks[kv], rounds if kv == scale.half else 0, spent)
+            self._add_steps(item, kv, gaps, blocks[kv], rounds if kv == scale.half else 0, spent)
 
     def _add_steps(
-        self, item: str, kv: str, means: dict[str, list[float]], blocks: list[float], evictions: int, spent: list[float]
+        self, item: str, kv: str, gaps: dict[str, list[float]], blocks: list[float], evictions: int, spent: list[float]
     ) -> None:
+        chunk = self.scale.chunk
+        means = {
+            each: [statistics.fmean(found[at : at + chunk]) for at in range(0, len(found), chunk)]
+            for each, found in gaps.items()
+        }
         values = {
             "batch": self._counted(self.batch, "requests"),
             "held": self._counted(statistics.fmean(blocks) * self.scale.limits.tokens_per_block, "tokens/request"),
@@ -164,7 +168,7 @@ class Bench:
         }
         samples: dict[str, tuple[float, ...]] = {}
         if not self.session.rehearsal:
-            samples["step_ms"] = tuple(means[kv])
+            samples["step_ms"], samples["gaps_ms"] = tuple(means[kv]), tuple(gaps[kv])
             values["step_ms"] = _spread(means[kv], "ms")
             if kv != FULL:
                 ratios = [ours / full - 1 for ours, full in zip(means[kv], means[FULL], strict=True)]

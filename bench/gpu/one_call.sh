@@ -40,6 +40,10 @@ child=""
 end_child() { if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; child=""; fi; }
 finish() {
   end_child
+  # Every derived number again from the raw samples, by other arithmetic.
+  python3 "$here/recompute.py" "$out" >"$scratch/recomputed" 2>&1
+  echo "== recompute: exit $?" >>"$log"
+  tail -n 40 "$scratch/recomputed" >>"$log"
   python3 "$here/summary.py" "$out" --stages "$stages" | tee "$out/summary.txt"
   status=${PIPESTATUS[0]}
   rm -rf "$scratch"

@@ -304,6 +304,9 @@ def test_one_call_rehearses_its_stages_and_ends_with_a_short_table(tmp_path: Pat
     assert sorted(path.name for path in out.iterdir()) == ["llama70b.json", "one_call.log", "probe.json", "summary.txt"]
     told = (out / "summary.txt").read_text()
     assert done.stdout.endswith(told)
+    log = (out / "one_call.log").read_text()
+    assert "== recompute: exit 0" in log
+    assert " 0 differ" in log
     assert len(told.splitlines()) <= summary.MOST_LINES
 
 
