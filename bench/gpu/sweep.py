@@ -39,6 +39,8 @@ MARGIN_S = 5.0
 """What is kept of the time limit for closing the engine and writing."""
 ROOMY_FRACTION = 0.7
 LOST = "engine: "
+_TOO_LITTLE_MEMORY = ("out of memory", "not enough memory", "buffers beside the kv pool")
+"""As torch, Python and the engine's opening say it."""
 _FIRST_GUESS = 1.25
 """A cell is taken to last this much longer than predicted until one has been measured."""
 
@@ -151,7 +153,8 @@ def roomier(plan: BuildPlan) -> BuildPlan:
 
 
 def _is_memory(problem: str) -> bool:
-    return "out of memory" in problem.lower() or "not enough memory" in problem.lower()
+    """Whether a smaller cache may help: memory ran out while serving, or while opening once the weights were there."""
+    return any(words in problem.lower() for words in _TOO_LITTLE_MEMORY)
 
 
 def _unrun(outcome: RowOutcome, cells: Sequence[CellPlan], sweep: Sweep, reason: str) -> RowOutcome:

@@ -13,15 +13,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench.gpu import forecast, llama70b, memory, page, sources, summary
+from bench.gpu import forecast, llama70b, memory, page, sources, summary, sweep
 from bench.gpu import rows as table
 from bench.gpu.sweep import CellOutcome
+from trtkit.engine import open as opening
+from trtkit.engine.dummy import dummy_weights
 from trtkit.spec.codec import read_record, write_record
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import InputError, UsageError
+from trtkit.spec.errors import CapacityError, InputError, UsageError
+from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
+from trtkit.spec.plan import Limits
+from trtkit.spec.quant import quant_for
 from trtkit.spec.result import BENCH_KIND, BenchResult
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +100,23 @@ def test_an_engine_short_of_memory_is_opened_once_more_with_a_smaller_cache(tmp_
     assert row.plan.limits.kv_fraction == 0.7
     assert "out of memory" in row.notes[0]
     assert row.cells[0].result.engine.plan.limits.kv_fraction == 0.7
+
+
+def test_memory_that_runs_out_beside_the_pool_is_known_for_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that opens on CUDA takes the pool first and then finds no room for its graphs."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = table.rehearsal_scale().model
+    made = dummy_weights(model, quant_for("fp32"))
+    monkeypatch.setattr(opening, "EmbeddedEngine", full)
+    with pytest.raises(CapacityError) as refused:
+        opening._assemble(
+            made, opening._Setup(limits=Limits(), kv_dtype=DType.FP32, kv_policy=KVPolicySpec(), device="cpu")
+        )
+    assert sweep._is_memory(str(refused.value))
+    assert not sweep._is_memory("the device's memory does not hold the weights")
 
 
 def test_a_prediction_is_not_changed_by_what_came_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
