@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trtkit.kernels.arguments import check_attention, check_compaction, check_decode, check_prefill, check_score
 from trtkit.kernels.dispatch import use_triton
 from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, PagedQueries, decode_splits, gather_sequence
 from trtkit.kernels.paged_twins import (
@@ -72,6 +73,8 @@ def paged_decode_attention(  # noqa: PLR0913 - outputs the caller may own, all b
     Returns:
         Output [B, Hq, D] in the queries' type and the natural log-sum-exp of the scaled logits, fp32 [B, Hq].
     """
+    check_attention(queries_BHD, batch, queries_BHD.shape[0])
+    check_decode(queries_BHD, out, lse, splits, ring_lse, ring_index_B)
     if use_triton(queries_BHD, "decode"):
         from trtkit.kernels import triton_decode
 
@@ -119,6 +122,8 @@ def paged_prefill_attention(  # noqa: PLR0913 - outputs the caller may own, by k
     Returns:
         Output [R, Hq, D] in the queries' type and the natural log-sum-exp of the scaled logits, fp32 [R, Hq].
     """
+    check_attention(queries_RHD, batch, cached_B.shape[0])
+    check_prefill(queries_RHD, starts_B1, cached_B, max_count, out, lse)
     if use_triton(queries_RHD, "prefill"):
         from trtkit.kernels import triton_prefill
 
@@ -186,6 +191,7 @@ def score_layers(  # noqa: PLR0913, PLR0917 - queries, keys and ledger of one se
     """
     chosen = storage if layers is None else storage[layers]
     arguments = (queries_LRHD, lse_LRH, weights_R, chosen, table_M, length, positions_LHN, query_positions_R)
+    check_score(*arguments, out, carry)
     if use_triton(storage, "score"):
         from trtkit.kernels import triton_score
 
@@ -230,6 +236,7 @@ def compact_layers(
         mass_LHC: fp32 ledger that moves along, last axis contiguous, if any.
         positions_LHC: int32 ledger that moves along, last axis contiguous, if any.
     """
+    check_compaction(storage, table_M, keep_RK, length, mass_LHC, positions_LHC)
     if use_triton(storage, "compact"):
         from trtkit.kernels import triton_compact
 

@@ -29,13 +29,12 @@ def compact_layers(
     rows, kept = keep_RK.shape
     if kept >= length or rows == 0:
         return
-    assert all(one.is_contiguous() for one in (storage, keep_RK)), "strides are not looked at"
     # Bytes are copied, whatever they stand for.
     stored = storage.view(torch.uint8) if storage.element_size() == 1 else storage
     mass = _strided(mass_LHC, keep_RK)
     positions = _strided(positions_LHC, keep_RK)
     _compact[(triton.cdiv(min(kept, length - kept), _MOVES), rows)](
-        stored, table_M, keep_RK, mass[0], positions[0],
+        stored, table_M.contiguous(), keep_RK.contiguous(), mass[0], positions[0],
         kept, length, kept.bit_length(), blocks, *mass[1:], *positions[1:],
         HEADS=kv_heads, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, MOVES=_MOVES,
         HAS_MASS=mass_LHC is not None, HAS_POSITIONS=positions_LHC is not None, num_warps=4,

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trtkit.kernels.arguments import check_workspace, side_by_side
 from trtkit.kernels.dispatch import num_multiprocessors
 from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, decode_splits
 from trtkit.kernels.triton_tiles import (
@@ -26,6 +27,7 @@ from trtkit.kernels.triton_tiles import (
     as_product,
     autotuned,
     key_offsets,
+    padded,
     product_type,
     readable,
 )
@@ -54,6 +56,8 @@ def paged_decode_attention(
     splits = decode_splits(rows, kv_heads, num_multiprocessors(device)) if splits is None else splits
     if splits > 1 and workspace is None:
         workspace = DecodeWorkspace.empty(rows, query_heads, dim, splits, device)
+    if workspace is not None and splits > 1:
+        check_workspace(workspace, rows, query_heads, dim, splits)
     partial, partial_lse, arrived = (
         (lse, lse, batch.lengths_B) if workspace is None else (workspace.partial, workspace.lse, workspace.arrived)
     )
@@ -62,15 +66,15 @@ def paged_decode_attention(
     if shape not in _tuned() and _tunes(device):
         _tuned().add(shape)
         _tune(queries, batch, splits)
-    assert all(one.is_contiguous() for one in (batch.cache, out, lse)), "strides are not looked at"
-    assert partial.numel() >= rows * splits * query_heads * dim or splits == 1, "the workspace is too small"
+    tables = side_by_side(batch.blocks_BM)
     _decode[(splits, kv_heads, rows)](
-        queries, readable(batch.cache), batch.blocks_BM, batch.lengths_B, out, lse, partial, partial_lse, arrived,
-        lse if ring_lse is None else ring_lse, batch.lengths_B if ring_index_B is None else ring_index_B,
-        batch.blocks_BM.stride(0), LOG2_E / math.sqrt(dim),
+        queries, readable(batch.cache), tables, batch.lengths_B.contiguous(), out, lse, partial, partial_lse, arrived,
+        lse if ring_lse is None else ring_lse, tables if ring_index_B is None else ring_index_B.contiguous(),
+        tables.stride(0), LOG2_E / math.sqrt(dim),
         HEADS=kv_heads, GROUP=group, LANES=max(MIN_DOT, triton.next_power_of_2(group)),
-        GROUP_PAD=triton.next_power_of_2(group), DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, SIDES=2,
-        SPLITS=splits, HAS_RING=ring_lse is not None, DOT=product_type(queries.dtype, batch.cache.dtype),
+        GROUP_PAD=triton.next_power_of_2(group), DIM=dim, DIM_PAD=padded(dim), BLOCK=block, SIDES=2,
+        SPLITS=splits, SPLITS_PAD=triton.next_power_of_2(splits), HAS_RING=ring_lse is not None,
+        DOT=product_type(queries.dtype, batch.cache.dtype),
     )  # fmt: skip
     return out, lse
 
@@ -80,6 +84,10 @@ _CONFIGS = [
     triton.Config({"TILE": 64}, num_warps=4, num_stages=7),
     triton.Config({"TILE": 32}, num_warps=4, num_stages=7),
     triton.Config({"TILE": 128}, num_warps=8, num_stages=5),
+]
+_SPARE = [
+    triton.Config({"TILE": 32}, num_warps=4, num_stages=3),
+    triton.Config({"TILE": 16}, num_warps=4, num_stages=3),
 ]
 _ANYWHERE = ["tables", "lengths", "lse", "partial_lse", "arrived", "ring_lse", "ring_index"]
 """Small tensors, often views into packed ones: kernels must not be compiled again for where they happen to begin."""
@@ -109,14 +117,14 @@ def _tuned() -> set[Hashable]:
     return set()
 
 
-@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK"])
+@autotuned(_CONFIGS, spare=_SPARE, key=["HEADS", "GROUP", "DIM", "BLOCK"])
 @triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=_ANYWHERE)
 def _decode(
     queries, cache, tables, lengths, out, lse, partial, partial_lse, arrived, ring_lse, ring_index,
     stride_table, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK: tl.constexpr, SIDES: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_RING: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, HAS_RING: tl.constexpr, DOT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -132,8 +140,8 @@ def _decode(
             queries + row * DIM, cache, tables + sequence * stride_table, begin, end, head, scale,
             HEADS, GROUP, LANES, DIM, DIM_PAD, BLOCK, DOT, TILE,
         )  # fmt: skip
-        # A sequence of no length has neither mass nor maximum: zeros, and -inf as its log-sum-exp.
-        total = tl.where(total > 0, total, 1.0)
+        # A sequence of no length has neither mass nor maximum: zeros, and -inf as its log-sum-exp. NaN stays NaN.
+        total = tl.where(total == 0, 1.0, total)
         result = weighted / total[:, None]
         found = best + tl.log2(total)
         lane = tl.arange(0, LANES)
@@ -155,7 +163,7 @@ def _decode(
                 tl.store(arrived + sequence * HEADS + head, 0)
                 _combine(
                     partial, partial_lse, out, lse, ring_lse, ring_index, sequence, head, parts,
-                    HEADS, GROUP, GROUP_PAD, DIM, DIM_PAD, SPLITS, HAS_RING,
+                    HEADS, GROUP, GROUP_PAD, DIM, DIM_PAD, SPLITS, SPLITS_PAD, HAS_RING,
                 )  # fmt: skip
 
 
@@ -195,7 +203,7 @@ def _part(
 def _combine(
     partial, partial_lse, out, lse, ring_lse, ring_index, sequence, head, parts,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_RING: tl.constexpr,
+    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, HAS_RING: tl.constexpr,
 ):  # fmt: skip
     """Add up the parts of one sequence and KV head. Loads bypass L1, which may hold what an earlier launch left.
 
@@ -203,11 +211,11 @@ def _combine(
     to L2 instead of one for each part.
     """
     lane = tl.arange(0, GROUP_PAD)
-    part = tl.arange(0, SPLITS)
+    part = tl.arange(0, SPLITS_PAD)
     slot = (sequence * HEADS + head) * SPLITS
     present = (part < parts)[:, None] & (lane < GROUP)[None, :]
     at = (slot + part)[:, None] * GROUP + lane[None, :]
-    stretch: tl.constexpr = min(DIM_PAD, max(16, 16384 // (SPLITS * GROUP_PAD)))
+    stretch: tl.constexpr = min(DIM_PAD, max(16, 16384 // (SPLITS_PAD * GROUP_PAD)))
     every = tl.load(partial_lse + at, mask=present, other=float("-inf"), cache_modifier=".cg")
     value = _stretch(partial, at, present, 0, DIM, stretch)
     # Lanes past the group have no parts at all; 0 and 1 keep them from becoming NaN.
@@ -228,7 +236,7 @@ def _combine(
 
 @triton.jit
 def _stretch(partial, at, present, first, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Some columns of all parts, [SPLITS, GROUP_PAD, WIDTH]."""
+    """Some columns of all parts, [SPLITS_PAD, GROUP_PAD, WIDTH]."""
     dim = first + tl.arange(0, WIDTH)
     mask = present[:, :, None] & (dim < DIM)[None, None, :]
     return tl.load(partial + at[:, :, None] * DIM + dim[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.kernels.paged_batch import PagedBatch, PagedQueries
-from trtkit.kernels.triton_tiles import as_product, product_type, readable
+from trtkit.kernels.triton_tiles import as_product, padded, product_type, readable
 
 _KEY_TILE = 64
 _QUERY_TILE = 32
@@ -36,7 +36,7 @@ def score_paged(
         batch.cache.stride(0), batch.cache.stride(2), batch.cache.stride(3),
         batch.blocks_BM.stride(0), longest, 1 / math.sqrt(dim),
         HEADS=kv_heads, GROUP=query_heads // kv_heads,
-        DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=batch.tokens_per_block,
+        DIM=dim, DIM_PAD=padded(dim), BLOCK=batch.tokens_per_block,
         DOT=product_type(queries.heads_RHD.dtype, batch.cache.dtype), KEY_TILE=_KEY_TILE, QUERY_TILE=_QUERY_TILE,
     )  # fmt: skip
     return mass

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trtkit.kernels.arguments import side_by_side
 from trtkit.kernels.paged_batch import PagedBatch
-from trtkit.kernels.triton_tiles import LOG2_E, as_product, autotuned, key_offsets, product_type, readable
+from trtkit.kernels.triton_tiles import LOG2_E, as_product, autotuned, key_offsets, padded, product_type, readable
 
 
 def paged_prefill_attention(
@@ -40,15 +41,15 @@ def paged_prefill_attention(
     if rows == 0 or sequences == 0 or max_count == 0:
         return out, lse
     group = query_heads // kv_heads
-    assert all(one.is_contiguous() for one in (batch.cache, out, lse)), "strides are not looked at"
+    tables = side_by_side(batch.blocks_BM)
 
     def grid(chosen):
         return triton.cdiv(max_count * group, chosen["ROWS"]), kv_heads, sequences
 
     _prefill[grid](
-        queries, readable(batch.cache), batch.blocks_BM, starts_B1, cached_B, out, lse,
-        batch.blocks_BM.stride(0), LOG2_E / math.sqrt(dim),
-        HEADS=kv_heads, GROUP=group, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block, SIDES=2,
+        queries, readable(batch.cache), tables, starts_B1.contiguous(), cached_B.contiguous(), out, lse,
+        tables.stride(0), LOG2_E / math.sqrt(dim),
+        HEADS=kv_heads, GROUP=group, DIM=dim, DIM_PAD=padded(dim), BLOCK=block, SIDES=2,
         DOT=product_type(queries.dtype, batch.cache.dtype),
     )  # fmt: skip
     return out, lse
@@ -61,9 +62,13 @@ _CONFIGS = [
     triton.Config({"ROWS": 64, "TILE": 32}, num_warps=4, num_stages=3),
     triton.Config({"ROWS": 64, "TILE": 16}, num_warps=4, num_stages=3),
 ]
+_SPARE = [
+    triton.Config({"ROWS": 32, "TILE": 32}, num_warps=4, num_stages=3),
+    triton.Config({"ROWS": 16, "TILE": 16}, num_warps=4, num_stages=3),
+]
 
 
-@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK"])
+@autotuned(_CONFIGS, spare=_SPARE, key=["HEADS", "GROUP", "DIM", "BLOCK"])
 @triton.jit(
     do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["tables", "starts", "cached_lengths", "lse"]
 )

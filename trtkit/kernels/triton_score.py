@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trtkit.kernels.triton_tiles import LOG2_E, as_product, autotuned, key_offsets, product_type, readable
+from trtkit.kernels.triton_tiles import LOG2_E, as_product, autotuned, key_offsets, padded, product_type, readable
 
 
 def score_layers(
@@ -38,20 +38,27 @@ def score_layers(
         out, carry = torch.empty(layers, kv_heads, length, dtype=torch.float32, device=storage.device), 0.0
     if layers == 0 or length == 0:
         return out
-    assert all(one.is_contiguous() for one in (storage, queries_LRHD[0], lse_LRH[0])), "only layers may lie apart"
+    queries = _layers_apart(queries_LRHD, query_heads * dim)
+    normal = _layers_apart(lse_LRH, query_heads)
 
     def grid(chosen):
         return triton.cdiv(length, chosen["TILE"]), kv_heads, layers
 
     _score[grid](
-        queries_LRHD, lse_LRH, weights_R, query_positions_R, readable(storage), table_M, positions_LHN, out,
-        count, length, carry, LOG2_E / math.sqrt(dim),
-        queries_LRHD.stride(0) // (query_heads * dim), lse_LRH.stride(0) // query_heads, blocks,
+        queries, normal, weights_R.contiguous(), query_positions_R.contiguous(), readable(storage),
+        table_M.contiguous(), positions_LHN, out, count, length, carry, LOG2_E / math.sqrt(dim),
+        queries.stride(0) // (query_heads * dim), normal.stride(0) // query_heads, blocks,
         positions_LHN.stride(0), positions_LHN.stride(1), out.stride(0), out.stride(1),
-        HEADS=kv_heads, GROUP=query_heads // kv_heads, DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=block,
+        HEADS=kv_heads, GROUP=query_heads // kv_heads, DIM=dim, DIM_PAD=padded(dim), BLOCK=block,
         SIDES=1, CARRY=carry != 0.0, SKIP=count >= _SKIP_FROM, DOT=product_type(queries_LRHD.dtype, storage.dtype),
     )  # fmt: skip
     return out
+
+
+def _layers_apart(of_queries: Tensor, width: int) -> Tensor:
+    """[L, R, ...] of which only layers lie apart, by whole queries of `width` elements, as in a ring; else a copy."""
+    whole = of_queries.shape[0] <= 1 or of_queries.stride(0) % width == 0
+    return of_queries if whole and of_queries[0].is_contiguous() else of_queries.contiguous()
 
 
 _CONFIGS = [
@@ -59,6 +66,10 @@ _CONFIGS = [
     triton.Config({"TILE": 64, "QUERIES": 16}, num_warps=4, num_stages=4),
 ]
 """One for Hopper, and one where products need registers (older GPUs, fp32): a round of eviction waits for no tuning."""
+_SPARE = [
+    triton.Config({"TILE": 32, "QUERIES": 16}, num_warps=4, num_stages=3),
+    triton.Config({"TILE": 16, "QUERIES": 16}, num_warps=4, num_stages=2),
+]
 _SKIP_FROM = 128
 """Queries from which it pays to look for the first that sees a tile of keys: pieces of prompts, not rings."""
 _FREE = [
@@ -70,7 +81,7 @@ _ANYWHERE = ["lse", "weights", "asked", "table", "positions", "out"]
 
 
 # Tuning runs the kernel often; what it adds to must be as it was each time.
-@autotuned(_CONFIGS, key=["HEADS", "GROUP", "DIM", "BLOCK"], restore_value=["out"])
+@autotuned(_CONFIGS, spare=_SPARE, key=["HEADS", "GROUP", "DIM", "BLOCK"], restore_value=["out"])
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_ANYWHERE)
 def _score(
     queries, lse, weights, asked, cache, table, positions, out,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ _STAGED_BYTES = 128 * 1024
 _LOGITS_PER_WARP = {(True, False): 2048, (True, True): 512, (False, False): 512, (False, True): 256}
 """Logits a warp may hold on (Hopper, in fp32) before registers spill, as compiled code shows: Hopper multiplies out
 of shared memory, others out of registers, and fp32 products are three of TF32, whose parts take registers too."""
+_SHARED_KIB = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+"""Shared memory one program can have, by compute capability, from NVIDIA's tables (datasheet)."""
+_SHARED_KIB_ANYWHERE = 99
+_HELD = 128
+"""Numbers of the output, in fp32, that a thread may hold on to; a thread has 255 registers."""
 _FLOAT8 = torch.float8_e4m3fn
 
 
@@ -52,42 +57,73 @@ def product_type(queries: torch.dtype, stored: torch.dtype) -> tl.dtype:
     return tl.float32
 
 
+def padded(dim: int) -> int:
+    """Elements of a head that products run over."""
+    return max(MIN_DOT, int(triton.next_power_of_2(dim)))
+
+
 def readable(stored: Tensor) -> Tensor:
     """The cache as kernels read it: FP8 as bytes, which `as_product` turns into numbers on every GPU."""
     return stored.view(torch.uint8) if stored.dtype is _FLOAT8 else stored
 
 
-def autotuned(configs: Sequence[triton.Config], **options: Any):
+def autotuned(configs: Sequence[triton.Config], *, spare: Sequence[triton.Config], **options: Any):
     """`triton.autotune` over the configurations whose tiles fit; the first alone under the interpreter.
 
     The kernel names its cache `cache`, its tile of keys TILE, its padded head dim DIM_PAD, and what it stages of a
-    slot SIDES: 1 for keys, 2 for keys and values. `options` are `triton.autotune`'s.
+    slot SIDES: 1 for keys, 2 for keys and values. `spare` are for shapes that none of `configs` fits, such as heads of
+    256 in fp32; the first that fits is taken. `options` are `triton.autotune`'s.
     """
-    chosen = configs[:1] if interpreting() else configs
-    return triton.autotune(list(chosen), prune_configs_by={"early_config_prune": _fitting}, do_bench=bench, **options)
+    chosen = list(configs[:1] if interpreting() else (*configs, *spare))
+    prune = partial(_fitting, spare=tuple(spare))
+    return triton.autotune(chosen, prune_configs_by={"early_config_prune": prune}, do_bench=bench, **options)
 
 
-def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+def _fitting(
+    configs: list[triton.Config], arguments: dict[str, Any], *, spare: tuple[triton.Config, ...], **constants: Any
+) -> list[triton.Config]:
     """Those without spills and within shared memory, but for tiles less than half as large as the largest of them."""
     known = {**arguments, **constants}
-    slot_bytes = known["SIDES"] * known["DIM_PAD"] * known["cache"].element_size()
-    hopper = int(triton.runtime.driver.active.get_current_target().arch) >= 90
+    architecture = int(triton.runtime.driver.active.get_current_target().arch)
     wide = known["DOT"] == tl.float32
-    most, longest = _LOGITS_PER_WARP[hopper, wide], 64 if wide else 128
+    most, longest = _LOGITS_PER_WARP[architecture >= 90, wide], 64 if wide else 128
+    limit = _SHARED_KIB.get(architecture, _SHARED_KIB_ANYWHERE) * 1024
 
     def fits(config: triton.Config) -> bool:
-        # Half of the stages hold block tables, see `key_offsets`.
-        staged_bytes = max(1, (config.num_stages - 1) // 2) * config.kwargs["TILE"] * slot_bytes
-        return config.kwargs["TILE"] <= longest and staged_bytes <= _STAGED_BYTES and _logits_per_warp(config) <= most
+        small = config.kwargs["TILE"] <= longest and _staged_bytes(config, known) <= _STAGED_BYTES
+        held = _rows(config, known) * known["DIM_PAD"] // (32 * config.num_warps)
+        small = small and _logits_per_warp(config, known) <= most and (held <= _HELD or known["SIDES"] == 1)
+        return small and _shared_bytes(config, known, wide=wide) <= limit
 
-    fit = [one for one in configs if fits(one)] or [min(configs, key=_logits_per_warp)]
-    largest = max(map(_logits_per_warp, fit))
-    return [one for one in fit if 2 * _logits_per_warp(one) >= largest]
+    fit = [one for one in configs if one not in spare and fits(one)]
+    if not fit:
+        smallest = min(configs, key=lambda one: _shared_bytes(one, known, wide=wide))
+        return next(([one] for one in spare if one in configs and fits(one)), [smallest])
+    largest = max(_logits_per_warp(one, known) for one in fit)
+    return [one for one in fit if 2 * _logits_per_warp(one, known) >= largest]
 
 
-def _logits_per_warp(config: triton.Config) -> int:
-    rows = config.kwargs.get("ROWS") or config.kwargs.get("QUERIES") or MIN_DOT
-    return int(rows * config.kwargs["TILE"] // config.num_warps)
+def _rows(config: triton.Config, known: dict[str, Any]) -> int:
+    """Rows of the product with a tile of keys."""
+    return int(config.kwargs.get("ROWS") or config.kwargs.get("QUERIES") or known.get("LANES") or MIN_DOT)
+
+
+def _logits_per_warp(config: triton.Config, known: dict[str, Any]) -> int:
+    return int(_rows(config, known) * config.kwargs["TILE"] // config.num_warps)
+
+
+def _staged_bytes(config: triton.Config, known: dict[str, Any]) -> int:
+    """Keys and values on their way. Half of the stages hold block tables, see `key_offsets`."""
+    slot_bytes = known["SIDES"] * known["DIM_PAD"] * known["cache"].element_size()
+    return int(max(1, (config.num_stages - 1) // 2) * config.kwargs["TILE"] * slot_bytes)
+
+
+def _shared_bytes(config: triton.Config, known: dict[str, Any], *, wide: bool) -> int:
+    """What a program takes of shared memory, or a little more, as compiled code shows; fp32 operands lie there twice."""
+    value_bytes, rows = int(known["DIM_PAD"]) * (4 if wide else 2), _rows(config, known)
+    if known["SIDES"] == 1:  # keys stay, queries pass
+        return value_bytes * (int(config.kwargs["TILE"]) * (1 + wide) + rows * int(config.num_stages))
+    return _staged_bytes(config, known) + value_bytes * rows * (2 + wide)
 
 
 @triton.jit
