@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from trtkit.spec.errors import EngineError, TrtkitError
 DEFAULT_OPENER = "trtkit.backends:open_here"
 
 _LOG_TAIL_LINES = 3
+_NAMES_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Resources)\b|Fatal Python error")
 _LIVENESS_S = 0.25
 
 
@@ -302,7 +304,11 @@ def _temporary_log() -> Path:
 
 
 def _tail(log: Path) -> list[str]:
+    """The last lines, or those from the last one that names an error: what CUDA adds to its errors is many lines long."""
     with contextlib.suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return [line.strip() for line in lines if line.strip()][-_LOG_TAIL_LINES:]
+        written = [line.rstrip() for line in lines if line.strip()]
+        named = [index for index, line in enumerate(written) if _NAMES_ERROR.match(line)]
+        first = max(0, min([*named[-1:], len(written) - _LOG_TAIL_LINES]))
+        return [line.strip() for line in written[first : first + _LOG_TAIL_LINES]]
     return []

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from support.fake_engine import FakeEngine, FakeScript, fake_bundle
 
+from trtkit.backends import remote as remote_module
 from trtkit.backends.remote import RemoteEngine, Timeouts
 from trtkit.spec.engine import Engine, FinishReason, Request, Sampling, Scorer, ScoreRequest
 from trtkit.spec.errors import CapacityError, EngineError
@@ -307,3 +308,21 @@ def _alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_the_line_that_names_the_error_is_told_though_cuda_adds_many_after_it(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text(
+        "loading\nTraceback (most recent call last):\n  File x\ntorch.AcceleratorError: CUDA error: illegal address\n"
+        "Search for it in the documentation.\nErrors may be reported later.\n\nPass CUDA_LAUNCH_BLOCKING=1.\nCompile DSA.\n",
+        encoding="utf-8",
+    )
+    told = remote_module._tail(log)
+    assert told[0] == "torch.AcceleratorError: CUDA error: illegal address"
+    assert len(told) == 3
+    log.write_text("one\ntwo\nValueError: three\n", encoding="utf-8")
+    assert remote_module._tail(log) == ["one", "two", "ValueError: three"]
+    log.write_text("ValueError: one\ntwo\n", encoding="utf-8")
+    assert remote_module._tail(log) == ["ValueError: one", "two"]
+    log.write_text("one\n", encoding="utf-8")
+    assert remote_module._tail(log) == ["one"]
