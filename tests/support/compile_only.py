@@ -3,6 +3,13 @@
 Triton's driver is replaced by one that only names an architecture, and launches compile and stop. A wrapper called
 with CPU tensors then compiles exactly what it would compile on that GPU. Needs a process in which Triton's
 interpreter is off: run `python -m support.compile_only FAMILY ...` (tests do, see `compiled_rows`).
+
+`Compiled.serialised` holds the assembler's complaint (C7510, C7514, C7515 and their like) that it puts the asynchronous
+products of Hopper (wgmma) one after the other, each waited for at once. Triton reads the assembler's output only where
+it fails, and a kernel from Triton's cache meets no assembler at all, so a kernel that has wgmma is assembled once more,
+by Triton's own call of ptxas, with its output kept. To guard another family, add its cases and hold
+`[row for row in compiled_rows([family], [90]) if row.serialised]` against nothing, as
+`test_compiles_for_hopper.py` does for every family.
 """
 
 from __future__ import annotations
@@ -10,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -27,7 +35,7 @@ SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """One kernel as the assembler left it; `sass` is empty unless it was asked for."""
+    """One kernel as the assembler left it; `sass` is empty unless it was asked for, `serialised` if all is well."""
 
     case: str
     kernel: str
@@ -39,6 +47,7 @@ class Compiled:
     warps: int
     stages: int
     constants: str
+    serialised: str
     sass: str
 
 
@@ -133,8 +142,25 @@ def _describe(kernel, kwargs, capability: int, *, sass: bool) -> Compiled:
         case="", kernel=metadata.name, capability=capability,
         registers=_count(usage, "REG"), local_bytes=_count(usage, "LOCAL"), stack_bytes=_count(usage, "STACK"),
         shared_bytes=metadata.shared, warps=metadata.num_warps, stages=metadata.num_stages,
-        constants=str(constants), sass=listing,
+        constants=str(constants), serialised=_serialised(kernel), sass=listing,
     )  # fmt: skip
+
+
+def _serialised(kernel) -> str:
+    """What ptxas says about products that it puts one after the other."""
+    from triton import knobs
+    from triton.compiler.compiler import make_backend
+
+    if "wgmma" not in kernel.asm["ptx"]:
+        return ""
+    metadata = kernel.metadata._asdict()
+    backend = make_backend(kernel.metadata.target)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), knobs.nvidia.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(kernel.asm["ptx"], metadata, backend.parse_options(metadata), backend.target.arch)
+    assert "registers" in said.getvalue(), "the assembler's words were not caught"
+    return "\n".join(line for line in said.getvalue().splitlines() if "serialized" in line)
 
 
 def _read_cubin(cubin: bytes, *, sass: bool) -> tuple[str, str]:

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtkit.kernels.int4 import dequantise_groups, group_of, pack_int4, unpack_int4
+from trtkit.kernels.int4 import block_of, dequantise_groups, group_of, pack_int4, unpack_int4
 
 
-@given(st.sampled_from([2, 32, 64, 128]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
+@given(st.sampled_from([4, 32, 64, 128]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
 def test_packing_and_unpacking_give_the_values_back(group, outputs, groups, seed):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-8, 8, (outputs, groups * group), generator=generator, dtype=torch.int8)
@@ -21,23 +21,34 @@ def test_packing_and_unpacking_give_the_values_back(group, outputs, groups, seed
     assert torch.equal(unpack_int4(packed, group), values)
 
 
-def test_the_low_nibble_is_of_the_first_half_of_a_group_and_the_high_one_of_the_second():
-    values = torch.tensor([[-8, -7, 0, 7, 1, 2, 3, 4]], dtype=torch.int8)
-    assert pack_int4(values, 4).tolist() == [[0x80, 0xF1, 0xB9, 0xCA]]
-    assert pack_int4(values, 8).tolist() == [[0x90, 0xA1, 0xB8, 0xCF]]
+@pytest.mark.parametrize(
+    ("inputs", "group", "block"),
+    [(256, 128, 128), (192, 64, 64), (128, 32, 64), (96, 32, 96), (384, 96, 192), (8, 4, 8)],
+)
+def test_a_word_holds_a_channel_of_each_fourth_of_its_block(inputs, group, block):
+    assert block_of(inputs, group) == block
+    values = torch.randint(-8, 8, (3, inputs), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    words = pack_int4(values, group).view(torch.int16).to(torch.int32) & 0xFFFF
+    for word in range(inputs // 4):
+        start, inner = divmod(word, block // 4)
+        for fourth in range(4):
+            channel = start * block + fourth * (block // 4) + inner
+            assert ((words[:, word] >> (4 * fourth) & 0xF) - 8 == values[:, channel]).all()
 
 
 def test_values_outside_four_bits_are_refused():
     with pytest.raises(ValueError, match="from -3 to 8 do not fit INT4: allowed are -8 to 7"):
-        pack_int4(torch.tensor([[-3, 8]], dtype=torch.int8), 2)
+        pack_int4(torch.tensor([[-3, 8, 0, 0]], dtype=torch.int8), 4)
     with pytest.raises(ValueError, match="from -9 to 0 "):
-        pack_int4(torch.tensor([[-9, 0]], dtype=torch.int8), 2)
+        pack_int4(torch.tensor([[-9, 0, 0, 0]], dtype=torch.int8), 4)
 
 
-@pytest.mark.parametrize("group", [0, 1, 3, 4])
-def test_groups_that_do_not_fit_are_refused(group):
-    with pytest.raises(ValueError, match=f"groups of {group} do not fit 6 input channels"):
-        pack_int4(torch.zeros(2, 6, dtype=torch.int8), group)
+@pytest.mark.parametrize(("inputs", "group"), [(12, 0), (12, 5), (12, 8), (6, 2)])
+def test_channels_that_do_not_fit_are_refused(inputs, group):
+    with pytest.raises(ValueError, match=f"{inputs} input channels in groups of {group} do not pack"):
+        pack_int4(torch.zeros(2, inputs, dtype=torch.int8), group)
+    with pytest.raises(ValueError, match="do not pack"):
+        unpack_int4(torch.zeros(2, inputs // 2, dtype=torch.uint8), group)
 
 
 def test_a_group_is_the_inputs_over_the_scales():
