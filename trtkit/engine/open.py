@@ -15,7 +15,6 @@ from trtkit.engine.eviction import eviction_observer
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.paged_cache import block_bytes
 from trtkit.engine.runner import ObserverFactory, RunnerFactory
-from trtkit.engine.sequence import blocks_for
 from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.dtype import DType
@@ -176,7 +175,7 @@ def effective_limits(model: ModelSpec, limits: Limits) -> Limits:
 
 
 def pool_blocks(model: ModelSpec, limits: Limits, kv_dtype: DType, available_bytes: int) -> int:
-    """Blocks of the pool: the memory given, or a share of what is available, at most what the batch can ever use.
+    """Blocks of the pool: the memory given, or a share of what is available, at most what the limits can ever use.
 
     Raises:
         CapacityError: it is less than one block.
@@ -185,8 +184,7 @@ def pool_blocks(model: ModelSpec, limits: Limits, kv_dtype: DType, available_byt
     if limits.kv_memory_bytes is not None:
         blocks = limits.kv_memory_bytes // per_block
     else:
-        most = limits.max_batch_size * blocks_for(limits.max_seq_len, limits.tokens_per_block)
-        blocks = min(most, int(available_bytes * limits.kv_fraction) // per_block)
+        blocks = min(limits.most_blocks, int(available_bytes * limits.kv_fraction) // per_block)
     if blocks < 1:
         raise CapacityError(
             f"the KV memory holds no block: one of {limits.tokens_per_block} tokens takes {format_gib(per_block)}, "

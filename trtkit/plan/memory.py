@@ -164,8 +164,7 @@ def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> 
     if limits.kv_memory_bytes is not None:
         blocks = limits.kv_memory_bytes // block
     else:
-        most = limits.max_batch_size * -(-limits.max_seq_len // limits.tokens_per_block)
-        blocks = min(most, int(max(free, 0) * limits.kv_fraction) // block)
+        blocks = min(limits.most_blocks, int(max(free, 0) * limits.kv_fraction) // block)
     tokens = sequence_tokens or limits.max_seq_len
     per_sequence, peak = sequence_blocks(placement, tokens), peak_blocks(placement, tokens)
     missing = max(0, peak - blocks) * block + max(0, -free) + max(0, blocks * block - max(free, 0))

@@ -60,6 +60,12 @@ class Limits:
         if not 0 < self.kv_fraction <= 1:
             raise UsageError(f"kv_fraction is {self.kv_fraction}, must be above 0 and at most 1")
 
+    @property
+    def most_blocks(self) -> int:
+        """Blocks a pool that sizes itself has at most: the most a full batch can use, as many again for reuse."""
+        batch = self.max_batch_size * -(-self.max_seq_len // self.tokens_per_block)
+        return 2 * batch if self.enable_block_reuse else batch
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:

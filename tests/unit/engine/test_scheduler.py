@@ -8,7 +8,7 @@ import pytest
 
 from trtkit.engine.block_pool import BlockPool
 from trtkit.engine.scheduler import Scheduler, Step
-from trtkit.engine.sequence import Sequence, SequenceState
+from trtkit.engine.sequence import PENDING, Sequence, SequenceState
 from trtkit.spec.engine import Request
 from trtkit.spec.errors import CapacityError, UsageError
 from trtkit.spec.plan import Limits
@@ -19,22 +19,37 @@ def _scheduler(blocks: int = 16, **limits: Any) -> Scheduler:
     return Scheduler(Limits(**values), BlockPool(blocks))
 
 
-def _add(scheduler: Scheduler, arrival: int, prompt: int, new: int = 8, **fields: Any) -> Sequence:
-    request = Request(request_id=f"r{arrival}", prompt_ids=(5,) * prompt, max_tokens=new)
+def _add(
+    scheduler: Scheduler, arrival: int, prompt: int, new: int = 8, *, request_ids: int = 5, **fields: Any
+) -> Sequence:
+    """Queue a prompt of one id again and again."""
+    request = Request(request_id=f"r{arrival}", prompt_ids=(request_ids,) * prompt, max_tokens=new)
     sequence = Sequence(request=request, arrival=arrival, max_new_tokens=new, **fields)
     scheduler.add(sequence)
     return sequence
 
 
+def _reuser(blocks: int = 16, **limits: Any) -> Scheduler:
+    return _scheduler(blocks, enable_block_reuse=True, **limits)
+
+
 def _run(scheduler: Scheduler) -> Step:
     """Schedule a step and pretend that the model ran it."""
     step = scheduler.schedule()
+    scheduler.launched()
     for feed in step.feeds:
         feed.sequence.advance(feed.count)
         if feed.samples:
             feed.sequence.output_ids.append(7)
     scheduler.check()
     return step
+
+
+def _ran(scheduler: Scheduler, arrival: int, prompt: int, **fields: Any) -> Sequence:
+    """Queue a sequence and run a step."""
+    sequence = _add(scheduler, arrival, prompt, **fields)
+    _run(scheduler)
+    return sequence
 
 
 def _counts(step: Step) -> dict[str, int]:
@@ -153,3 +168,111 @@ def test_a_newcomer_is_not_admitted_onto_blocks_that_running_prompts_still_need(
     _run(scheduler)
     _run(scheduler)
     assert [s.request_id for s in scheduler.running] == ["r0"]
+
+
+def test_a_prompt_starts_on_the_blocks_that_hold_its_beginning() -> None:
+    scheduler = _reuser()
+    scheduler.finish(_ran(scheduler, 0, 10))
+    second = _add(scheduler, 1, 12)
+    step = _run(scheduler)
+    assert _counts(step) == {"r1": 4}, "two blocks of the first prompt were full"
+    assert len(step.new_blocks) == 1, "what was found must not be cleared"
+    assert (second.num_tokens, second.cache_len, second.reused_tokens) == (12, 12, 8)
+    assert scheduler.prompt_tokens_reused == 8
+
+
+def test_one_token_of_a_known_prompt_is_computed_all_the_same() -> None:
+    scheduler = _reuser()
+    scheduler.finish(_ran(scheduler, 0, 8))
+    _add(scheduler, 1, 8)
+    step = _run(scheduler)
+    assert _counts(step) == {"r1": 4}
+    assert [feed.samples for feed in step.feeds] == [True]
+
+
+def test_prompts_of_one_step_share_what_that_step_computes() -> None:
+    scheduler = _reuser()
+    first, second = _add(scheduler, 0, 10), _add(scheduler, 1, 10)
+    assert _counts(_run(scheduler)) == {"r0": 10, "r1": 2}
+    assert first.block_table[:2] == second.block_table[:2]
+    assert scheduler.pool.num_used == 4
+
+
+def test_without_block_reuse_nothing_is_shared() -> None:
+    scheduler = _scheduler()
+    scheduler.finish(_ran(scheduler, 0, 10))
+    _add(scheduler, 1, 10)
+    assert _counts(_run(scheduler)) == {"r1": 10}
+    assert (scheduler.prompt_tokens_reused, scheduler.pool.num_idle) == (0, 0)
+
+
+def test_blocks_that_somebody_owns_cost_a_newcomer_nothing() -> None:
+    scheduler = _reuser(blocks=8, max_num_tokens=64)
+    _ran(scheduler, 0, 20, new=1)
+    _add(scheduler, 1, 21, new=1)
+    assert _counts(_run(scheduler)) == {"r0": 1, "r1": 1}, "it needs one block of its own beside what r0 may need"
+    plain = _scheduler(blocks=8, max_num_tokens=64)
+    _ran(plain, 0, 20, new=1)
+    _add(plain, 1, 21, new=1)
+    assert _counts(_run(plain)) == {"r0": 1}
+
+
+def test_blocks_that_nobody_owns_are_still_memory_that_a_newcomer_takes() -> None:
+    scheduler = _reuser(blocks=8, max_num_tokens=64)
+    scheduler.finish(_ran(scheduler, 0, 16, new=1))
+    _add(scheduler, 1, 20, new=1, request_ids=9)
+    _run(scheduler)
+    _add(scheduler, 2, 16, new=1)
+    assert _counts(_run(scheduler)) == {"r1": 1}, "four blocks hold its prompt, but only three are free"
+
+
+def test_a_preempted_request_takes_up_its_own_blocks_again() -> None:
+    scheduler = _reuser(blocks=6)
+    first, second = _add(scheduler, 0, 4, new=16), _add(scheduler, 1, 4, new=12, request_ids=9)
+    while not _run(scheduler).preempted:
+        pass
+    assert (second.num_tokens, second.published, second.block_table) == (0, 0, [])
+    reused = scheduler.prompt_tokens_reused
+    scheduler.finish(first)
+    step = _run(scheduler)
+    assert step.feeds[0].sequence is second
+    assert second.reused_tokens == 8
+    assert step.feeds[0].count == second.known_len - 1 - 8
+    assert scheduler.prompt_tokens_reused == reused, "only what a prompt saved at first is counted"
+
+
+def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
+    scheduler = _reuser()
+    _ran(scheduler, 0, 4)
+    preempted = _add(scheduler, 1, 4, request_ids=9)
+    preempted.output_ids.append(PENDING)
+    assert _counts(_run(scheduler)) == {"r0": 1}
+    preempted.output_ids[0] = 7
+    assert _counts(_run(scheduler)) == {"r0": 1, "r1": 5}
+
+
+def test_a_request_without_chunked_prefill_feeds_what_is_left_at_once() -> None:
+    scheduler = _reuser(max_num_tokens=12, enable_chunked_prefill=False)
+    scheduler.finish(_ran(scheduler, 0, 9))
+    _add(scheduler, 1, 12)
+    assert _counts(_run(scheduler)) == {"r1": 4}
+
+
+def test_a_step_that_was_never_launched_is_forgotten() -> None:
+    scheduler = _reuser()
+    sequence = _add(scheduler, 0, 10)
+    scheduler.schedule()
+    scheduler.finish(sequence)
+    scheduler.abandon()
+    _add(scheduler, 1, 10)
+    assert _counts(_run(scheduler)) == {"r1": 10}
+
+
+def test_an_evicting_request_neither_finds_nor_leaves_blocks() -> None:
+    scheduler = _reuser()
+    evicting = {"prefill_quantum": 8, "evicts": True, "kv_cap_tokens": 16}
+    scheduler.finish(_ran(scheduler, 0, 8, **evicting))
+    assert scheduler.pool.num_idle == 0
+    scheduler.finish(_ran(scheduler, 1, 8))
+    _add(scheduler, 2, 8, **evicting)
+    assert _counts(_run(scheduler)) == {"r2": 8}
