@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch
+from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, PagedQueries
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """What is computed with."""
@@ -244,3 +244,37 @@ def check_length(length: int, table: Tensor, tokens_per_block: int) -> None:
         raise ValueError(
             f"{length} slots do not lie in a block table {list(table.shape)} of {tokens_per_block} slots a block"
         )
+
+
+def check_named_queries(queries: PagedQueries, lse: Tensor, weights: Tensor, positions: Tensor, kv_heads: int) -> None:
+    """Refuse queries of several sequences whose parts do not go together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    count, heads, _ = queries.heads_RHD.shape
+    if lse.shape != (count, heads) or weights.shape != (count,) or queries.positions_R.shape != (count,):
+        shapes = f"{list(lse.shape)}, {list(weights.shape)} and {list(queries.positions_R.shape)}"
+        raise ValueError(
+            f"{count} queries of {heads} heads do not go with log-sum-exps, weights and positions {shapes}"
+        )
+    if positions.dim() != 3 or positions.shape[1] != kv_heads:
+        raise ValueError(f"positions must be [sequences, {kv_heads} KV heads, slots], not {list(positions.shape)}")
+    if queries.starts_B1.shape != (positions.shape[0] + 1,):
+        raise ValueError(f"{positions.shape[0]} sequences need one bound more, not {list(queries.starts_B1.shape)}")
+
+
+def check_moves(cache: Tensor, tables: Tensor, moves_M4: Tensor) -> None:
+    """Refuse what is no cache of one layer or no list of moves. The cache may be a view, such as of an engine's pool.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if cache.dim() != 5 or cache.shape[1] != 2 or (cache.shape[4] > 1 and cache.stride(4) != 1):
+        raise ValueError(
+            f"a paged cache must be [blocks, 2, heads, tokens_per_block, dim] with contiguous slots, not "
+            f"{list(cache.shape)} with strides {cache.stride()}"
+        )
+    if tables.dim() != 2 or moves_M4.dim() != 2 or moves_M4.shape[1] != 4:
+        shapes = f"{list(tables.shape)} and {list(moves_M4.shape)}"
+        raise ValueError(f"block tables must be [sequences, columns] and moves [moves, 4], not {shapes}")

@@ -3,7 +3,8 @@
 Shapes: B sequences, R queries of all sequences together (`starts_B1` bounds them), Hq query heads, H KV heads,
 G = Hq / H query heads per KV head, D head dim, M table columns, L layers, N live slots, C slots a ledger has room
 for. The cache of one layer is TensorRT-LLM's HND block layout [blocks, 2, H, tokens_per_block, D], index 0 keys and 1
-values; keys are rotated. Caches may be fp32, fp16, bf16 or float8_e4m3fn (scale 1). Nothing here waits for the device
+values; keys are rotated. Caches may be fp32, fp16, bf16 or float8_e4m3fn (scale 1, its NaN is read as 480 by
+kernels). Arguments that do not go together are refused in one line (ValueError). Nothing here waits for the device
 where kernels run, so all of it can be captured in a CUDA graph.
 """
 
@@ -11,7 +12,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trtkit.kernels.arguments import check_attention, check_compaction, check_decode, check_prefill, check_score
+from trtkit.kernels.arguments import (
+    check_attention,
+    check_compaction,
+    check_decode,
+    check_moves,
+    check_named_queries,
+    check_prefill,
+    check_score,
+)
 from trtkit.kernels.dispatch import use_triton
 from trtkit.kernels.paged_batch import DecodeWorkspace, PagedBatch, PagedQueries, decode_splits, gather_sequence
 from trtkit.kernels.paged_twins import (
@@ -148,6 +157,8 @@ def score_paged(
     Returns:
         fp32 [B, H, N]; zero past a sequence's length.
     """
+    check_attention(queries.heads_RHD, batch, positions.shape[0])
+    check_named_queries(queries, lse_RH, weights_R, positions, batch.cache.shape[2])
     if use_triton(lse_RH, "score"):
         from trtkit.kernels import triton_paged
 
@@ -207,6 +218,7 @@ def compact_paged(cache: Tensor, blocks_BM: Tensor, moves_M4: Tensor) -> None:
         blocks_BM: int32 block tables.
         moves_M4: int32 [moves, 4]: sequence, KV head, source slot, target slot; no target is any move's source.
     """
+    check_moves(cache, blocks_BM, moves_M4)
     if use_triton(cache, "compact"):
         from trtkit.kernels import triton_paged
 

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trtkit.kernels.arguments import side_by_side
 from trtkit.kernels.paged_batch import PagedBatch, PagedQueries
 from trtkit.kernels.triton_tiles import as_product, padded, product_type, readable
 
-_KEY_TILE = 64
-_QUERY_TILE = 32
+_TILES = {True: (64, 32, 3), False: (16, 16, 2)}
+"""Keys, queries and stages of a program, where a key takes at most 256 bytes and where it takes more."""
 
 
 def score_paged(
@@ -30,14 +31,17 @@ def score_paged(
     mass = torch.zeros(positions.shape, dtype=torch.float32, device=lse_RH.device)
     if longest == 0:
         return mass
-    _score[(sequences, kv_heads, triton.cdiv(longest, _KEY_TILE))](
-        queries.heads_RHD.contiguous(), lse_RH.contiguous(), weights_R, queries.starts_B1, queries.positions_R,
-        readable(batch.cache), batch.blocks_BM, batch.lengths_B, positions.contiguous(), mass,
-        batch.cache.stride(0), batch.cache.stride(2), batch.cache.stride(3),
-        batch.blocks_BM.stride(0), longest, 1 / math.sqrt(dim),
+    dot = product_type(queries.heads_RHD.dtype, batch.cache.dtype)
+    keys, rows, stages = _TILES[padded(dim) * (4 if dot == tl.float32 else 2) <= 256]
+    tables = side_by_side(batch.blocks_BM)
+    _score[(triton.cdiv(longest, keys), kv_heads, sequences)](
+        queries.heads_RHD.contiguous(), lse_RH.contiguous(), weights_R.contiguous(), queries.starts_B1.contiguous(),
+        queries.positions_R.contiguous(), readable(batch.cache), tables, batch.lengths_B.contiguous(),
+        positions.contiguous(), mass, batch.cache.stride(0), batch.cache.stride(2), batch.cache.stride(3),
+        tables.stride(0), longest, 1 / math.sqrt(dim),
         HEADS=kv_heads, GROUP=query_heads // kv_heads,
         DIM=dim, DIM_PAD=padded(dim), BLOCK=batch.tokens_per_block,
-        DOT=product_type(queries.heads_RHD.dtype, batch.cache.dtype), KEY_TILE=_KEY_TILE, QUERY_TILE=_QUERY_TILE,
+        DOT=dot, KEY_TILE=keys, QUERY_TILE=rows, num_stages=stages,
     )  # fmt: skip
     return mass
 
@@ -47,10 +51,10 @@ def compact_paged(cache: Tensor, blocks_BM: Tensor, moves_M4: Tensor) -> None:
     if moves_M4.shape[0] == 0:
         return
     dim = cache.shape[4]
-    stored = readable(cache)
+    stored, tables = readable(cache), side_by_side(blocks_BM)
     _compact[(moves_M4.shape[0], 2)](
-        stored, blocks_BM, moves_M4.contiguous(),
-        cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3), blocks_BM.stride(0),
+        stored, tables, moves_M4.contiguous(),
+        cache.stride(0), cache.stride(1), cache.stride(2), cache.stride(3), tables.stride(0),
         DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK=cache.shape[3],
     )  # fmt: skip
 
@@ -63,16 +67,16 @@ def _score(
     DOT: tl.constexpr, KEY_TILE: tl.constexpr, QUERY_TILE: tl.constexpr,
 ):  # fmt: skip
     # One program owns a tile of keys and walks the queries: no atomics, so the sum is the same every time.
-    sequence = tl.program_id(0)
+    sequence = tl.program_id(2)
     head = tl.program_id(1)
-    slot = tl.program_id(2) * KEY_TILE + tl.arange(0, KEY_TILE)
+    slot = tl.program_id(0) * KEY_TILE + tl.arange(0, KEY_TILE)
     live = slot < tl.load(lengths + sequence)
     dim = tl.arange(0, DIM_PAD)
     block = tl.load(tables + sequence * stride_table + slot // BLOCK, mask=live, other=0).to(tl.int64)
     at = block * stride_block + head * stride_head + (slot % BLOCK) * stride_slot
     key = tl.load(cache + at[:, None] + dim[None, :], mask=live[:, None] & (dim < DIM)[None, :], other=0.0)
     key = as_product(key, DOT)
-    place = (sequence * HEADS + head) * longest + slot
+    place = (sequence * HEADS + head).to(tl.int64) * longest + slot
     position = tl.load(key_positions + place, mask=live, other=0)
     received = tl.zeros([KEY_TILE], tl.float32)
     start = tl.load(starts + sequence)
@@ -84,7 +88,9 @@ def _score(
         query_index = row // GROUP
         flat = query_index * HEADS * GROUP + head * GROUP + row % GROUP
         query = tl.load(
-            queries + flat[:, None] * DIM + dim[None, :], mask=valid[:, None] & (dim < DIM)[None, :], other=0.0
+            queries + flat.to(tl.int64)[:, None] * DIM + dim[None, :],
+            mask=valid[:, None] & (dim < DIM)[None, :],
+            other=0.0,
         ).to(DOT)
         logits = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale
         normal = tl.load(lse + flat, mask=valid, other=0.0)

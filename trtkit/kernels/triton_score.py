@@ -112,7 +112,7 @@ def _score(
         index = row // GROUP
         column = index * (HEADS * GROUP) + head * GROUP + row % GROUP
         query = tl.load(
-            queries + layer * places * (HEADS * GROUP * DIM) + (column * DIM)[:, None] + dim[None, :],
+            queries + layer * places * (HEADS * GROUP * DIM) + (column.to(tl.int64) * DIM)[:, None] + dim[None, :],
             mask=valid[:, None] & (dim < DIM)[None, :], other=0.0,
         ).to(DOT)  # fmt: skip
         normal = tl.load(lse + layer * lse_places * (HEADS * GROUP) + column, mask=valid, other=0.0)
