@@ -41,6 +41,7 @@ ROOMY_FRACTION = 0.7
 LOST = "engine: "
 _TOO_LITTLE_MEMORY = ("out of memory", "not enough memory", "buffers beside the kv pool")
 """As torch, Python and the engine's opening say it."""
+_LOG_LINES = 60
 _FIRST_GUESS = 1.25
 """A cell is taken to last this much longer than predicted until one has been measured."""
 
@@ -134,7 +135,7 @@ def run_row(row: str, label: str, plan: BuildPlan, cells: Sequence[CellPlan], sw
         outcome, waiting, problem = _attempt(outcome, waiting, sweep)
         if problem is None:
             continue
-        sweep.say(f"{label}: {problem}")
+        sweep.say(f"{label}: {problem}\n{_log_end(_log_of(outcome.plan, sweep))}")
         outcome = replace(outcome, lost=problem)
         roomy = roomier(outcome.plan)
         if _is_memory(problem) and outcome.plan != roomy:
@@ -157,6 +158,16 @@ def _is_memory(problem: str) -> bool:
     return any(words in problem.lower() for words in _TOO_LITTLE_MEMORY)
 
 
+def _log_of(plan: BuildPlan, sweep: Sweep) -> Path:
+    return sweep.work_dir / f"{plan.name}.log"
+
+
+def _log_end(log: Path) -> str:
+    """What the engine's process wrote last; the file itself stays on a machine that nobody may see again."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return "\n".join(f"  | {line}" for line in text.splitlines()[-_LOG_LINES:])
+
+
 def _unrun(outcome: RowOutcome, cells: Sequence[CellPlan], sweep: Sweep, reason: str) -> RowOutcome:
     outcome = replace(outcome, cells=(*outcome.cells, *not_run(outcome.plan, cells, sweep, reason)))
     sweep.saved(outcome)
@@ -173,7 +184,8 @@ def _attempt(
     left_s = max(sweep.left_s() - MARGIN_S, 1.0)
     try:
         timeouts = Timeouts(start_s=left_s, stall_s=left_s, close_s=10.0)
-        engine = RemoteEngine(target.path, target.overrides, opener=sweep.opener, timeouts=timeouts)
+        log = _log_of(outcome.plan, sweep)
+        engine = RemoteEngine(target.path, target.overrides, opener=sweep.opener, timeouts=timeouts, log_path=log)
     except TrtkitError as error:
         return replace(outcome, opened_s=None), list(cells), str(error)
     opened_s = time.monotonic() - started

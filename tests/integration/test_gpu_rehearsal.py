@@ -82,7 +82,9 @@ def test_cells_that_would_not_end_in_time_are_listed_and_not_begun(
 
 
 def test_an_engine_that_dies_keeps_what_was_measured_and_is_opened_again_for_the_rest(tmp_path: Path) -> None:
-    (row,) = run(tmp_path, opener=DYING).rows
+    said: list[str] = []
+    (row,) = run(tmp_path, opener=DYING, say=said.append).rows
+    assert sum("\n  | something terrible" in text for text in said) > 1
     names = table.ROWS["int8"].cells
     assert tuple(cell.name for cell in row.cells) == names
     assert row.lost.startswith("engine:")
