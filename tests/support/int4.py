@@ -8,13 +8,14 @@ import torch
 
 
 def packed(numbers: torch.Tensor, group: int) -> torch.Tensor:
-    """uint8 [out, in / 2] of numbers -8 to 7: byte j of a group holds inputs j (low) and j + group / 2 (high)."""
+    """uint8 [out, in / 2] of numbers -8 to 7: bytes 2 i and 2 i + 1 of a group hold inputs i, i + a fourth, and so on."""
     rows = []
     for row in (numbers.long() + 8).tolist():
         line = []
         for start in range(0, len(row), group):
-            half = group // 2
-            line += [row[start + j] + 16 * row[start + half + j] for j in range(half)]
+            for i in range(start, start + group // 4):
+                first, second, third, last = row[i : i + group : group // 4][:4]
+                line += [first + 16 * second, third + 16 * last]
         rows.append(line)
     return torch.tensor(rows, dtype=torch.uint8)
 
@@ -25,8 +26,9 @@ def unpacked(weight: torch.Tensor, group: int) -> torch.Tensor:
     for row in weight.tolist():
         line: list[int] = []
         for start in range(0, len(row), half):
-            part = row[start : start + half]
-            line += [byte % 16 - 8 for byte in part] + [byte // 16 - 8 for byte in part]
+            even, odd = row[start : start + half : 2], row[start + 1 : start + half : 2]
+            for part in (even, odd):
+                line += [byte % 16 - 8 for byte in part] + [byte // 16 - 8 for byte in part]
         rows.append(line)
     return torch.tensor(rows)
 

@@ -3,39 +3,27 @@
 Shapes: I input channels in groups of g, O output channels. A packed weight is uint8 [O, I / 2]; scales, and zero points
 if there are any, are [O, I / g]. A nibble is the value plus 8.
 
-Only `pack_int4` and `unpack_int4` need to know which nibble is whose. Input channels come in blocks (`block_of`: a
-group, or two groups of 32), and the 16-bit word i of a block of b (bytes 2 i and 2 i + 1) holds its channels i,
-i + b / 4, i + b / 2 and i + 3 b / 4, the first in the lowest bits. A mask therefore leaves a fourth of the block in
-neighbouring halves of a register, as a tensor core takes 16-bit operands, and activations meet it as they lie in
-memory: nothing is moved about. (With a low nibble for each byte's channel and a high one for another, a third of a
-decode kernel's instructions moved registers.)
+The 16-bit word i of a group (bytes 2 i and 2 i + 1) holds its channels i, i + g / 4, i + g / 2 and i + 3 g / 4, the
+first in the lowest bits. A mask therefore leaves a fourth of the group in neighbouring halves of a register, as a
+tensor core takes 16-bit operands, and activations meet it as they lie in memory: nothing is moved about. (With two
+halves of a group in the nibbles of a byte, a third of the decode kernel's instructions moved registers.)
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 INT4_MIN, INT4_MAX = -8, 7
 _OFFSET = 8
-_LEAST_BLOCK = 64
-"""A fourth of it is the fewest inputs that a tensor core multiplies at once."""
-
-
-def block_of(inputs: int, group: int) -> int:
-    """How many channels share the words of a packed weight: groups that fill 64, all channels if those do not fit."""
-    block = math.lcm(group, _LEAST_BLOCK)
-    return inputs if inputs % block else block
 
 
 def pack_int4(q_OI: Tensor, group: int) -> Tensor:
     """Two values to a byte, see the module.
 
     Args:
-        q_OI: whole numbers in [-8, 7], int8 (or any integer type); I is a multiple of 4.
-        group: number of input channels that share a scale; divides I.
+        q_OI: whole numbers in [-8, 7], int8 (or any integer type).
+        group: number of input channels that share a scale, a multiple of 4; divides I.
 
     Returns:
         uint8 [O, I / 2], contiguous.
@@ -48,8 +36,7 @@ def pack_int4(q_OI: Tensor, group: int) -> Tensor:
     low, high = q_OI.aminmax() if q_OI.numel() else (0, 0)
     if int(low) < INT4_MIN or int(high) > INT4_MAX:
         raise ValueError(f"values from {int(low)} to {int(high)} do not fit INT4: allowed are {INT4_MIN} to {INT4_MAX}")
-    quarter = block_of(inputs, group) // 4
-    nibbles = (q_OI + _OFFSET).to(torch.uint8).view(outputs, -1, 2, 2, quarter)
+    nibbles = (q_OI + _OFFSET).to(torch.uint8).view(outputs, inputs // group, 2, 2, group // 4)
     return (nibbles[:, :, :, 0] | (nibbles[:, :, :, 1] << 4)).transpose(2, 3).reshape(outputs, inputs // 2)
 
 
@@ -57,7 +44,7 @@ def unpack_int4(packed: Tensor, group: int) -> Tensor:
     """The values that `pack_int4` packed, int8 [O, I] in [-8, 7]."""
     outputs, inputs = packed.shape[0], 2 * packed.shape[1]
     _check(inputs, group)
-    codes = packed.view(outputs, -1, block_of(inputs, group) // 4, 2).transpose(2, 3)
+    codes = packed.view(outputs, inputs // group, group // 4, 2).transpose(2, 3)
     nibbles = torch.stack((codes & 0xF, codes >> 4), dim=3)
     return nibbles.to(torch.int8).sub_(_OFFSET).view(outputs, inputs)
 
@@ -88,7 +75,7 @@ def dequantise_groups(weight: Tensor, scale: Tensor, zero: Tensor | None = None)
 
 
 def _check(inputs: int, group: int) -> None:
-    if inputs % 4 or group < 1 or inputs % group:
+    if group < 1 or group % 4 or inputs % group:
         raise ValueError(
-            f"{inputs} input channels in groups of {group} do not pack: use a multiple of 4 and of the group"
+            f"groups of {group} do not fit {inputs} input channels: a multiple of 4 that divides them does"
         )

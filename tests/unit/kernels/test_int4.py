@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtkit.kernels.int4 import block_of, dequantise_groups, group_of, pack_int4, unpack_int4
+from trtkit.kernels.int4 import dequantise_groups, group_of, pack_int4, unpack_int4
 
 
 @given(st.sampled_from([4, 32, 64, 128]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
@@ -21,19 +21,22 @@ def test_packing_and_unpacking_give_the_values_back(group, outputs, groups, seed
     assert torch.equal(unpack_int4(packed, group), values)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "group", "block"),
-    [(256, 128, 128), (192, 64, 64), (128, 32, 64), (96, 32, 96), (384, 96, 192), (8, 4, 8)],
-)
-def test_a_word_holds_a_channel_of_each_fourth_of_its_block(inputs, group, block):
-    assert block_of(inputs, group) == block
+@pytest.mark.parametrize(("inputs", "group"), [(256, 128), (192, 64), (96, 32), (8, 4)])
+def test_a_word_holds_a_channel_of_each_fourth_of_its_group(inputs, group):
     values = torch.randint(-8, 8, (3, inputs), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
     words = pack_int4(values, group).view(torch.int16).to(torch.int32) & 0xFFFF
     for word in range(inputs // 4):
-        start, inner = divmod(word, block // 4)
+        start, inner = divmod(word, group // 4)
         for fourth in range(4):
-            channel = start * block + fourth * (block // 4) + inner
-            assert ((words[:, word] >> (4 * fourth) & 0xF) - 8 == values[:, channel]).all()
+            channel = start * group + fourth * (group // 4) + inner
+            assert torch.equal((words[:, word] >> (4 * fourth) & 0xF) - 8, values[:, channel].to(torch.int32))
+
+
+def test_groups_packed_apart_and_side_by_side_are_packed_together():
+    """Rows that are split among ranks are joined as bytes."""
+    values = torch.randint(-8, 8, (2, 192), generator=torch.Generator().manual_seed(2), dtype=torch.int8)
+    halves = [pack_int4(part.contiguous(), 32) for part in values.split(96, dim=1)]
+    assert torch.equal(torch.cat(halves, dim=1), pack_int4(values, 32))
 
 
 def test_values_outside_four_bits_are_refused():
@@ -43,12 +46,12 @@ def test_values_outside_four_bits_are_refused():
         pack_int4(torch.tensor([[-9, 0, 0, 0]], dtype=torch.int8), 4)
 
 
-@pytest.mark.parametrize(("inputs", "group"), [(12, 0), (12, 5), (12, 8), (6, 2)])
-def test_channels_that_do_not_fit_are_refused(inputs, group):
-    with pytest.raises(ValueError, match=f"{inputs} input channels in groups of {group} do not pack"):
-        pack_int4(torch.zeros(2, inputs, dtype=torch.int8), group)
-    with pytest.raises(ValueError, match="do not pack"):
-        unpack_int4(torch.zeros(2, inputs // 2, dtype=torch.uint8), group)
+@pytest.mark.parametrize("group", [0, 2, 5, 8])
+def test_groups_that_do_not_fit_are_refused(group):
+    with pytest.raises(ValueError, match=f"groups of {group} do not fit 12 input channels"):
+        pack_int4(torch.zeros(2, 12, dtype=torch.int8), group)
+    with pytest.raises(ValueError, match="do not fit 12 input channels"):
+        unpack_int4(torch.zeros(2, 6, dtype=torch.uint8), group)
 
 
 def test_a_group_is_the_inputs_over_the_scales():
