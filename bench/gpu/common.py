@@ -33,6 +33,7 @@ for _folder in (ROOT / "plugins" / "h2o", ROOT):
         sys.path.insert(0, str(_folder))
 
 from trtkit.benchmark.environment import fingerprint  # noqa: E402 - the path comes first
+from trtkit.benchmark.nvml import management_library  # noqa: E402
 from trtkit.engine.device.capture import record, waiting_forbidden  # noqa: E402
 from trtkit.spec.codec import from_plain, read_envelope, write_record  # noqa: E402
 from trtkit.spec.measured import Measured  # noqa: E402
@@ -282,28 +283,27 @@ def clocks(*, rehearsal: bool = False) -> Clocks:
     """Ask NVML; nothing is known without it."""
     if rehearsal:
         return Clocks()
-    try:
-        import pynvml
-    except ImportError:
+    nvml = management_library()
+    if nvml is None:
         return Clocks()
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    except nvml.NVMLError:
         return Clocks()
     found: dict[str, Any] = {}
     name = "nvmlDeviceGetCurrentClocksEventReasons"
-    reasons = getattr(pynvml, name, None) or getattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", None)
+    reasons = getattr(nvml, name, None) or getattr(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", None)
     readers: dict[str, Callable[[], Any]] = {
-        "sm_mhz": lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-        "sm_max_mhz": lambda: int(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)),
-        "memory_mhz": lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM)),
-        "temperature_c": lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-        "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "sm_mhz": lambda: int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        "sm_max_mhz": lambda: int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        "memory_mhz": lambda: int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+        "temperature_c": lambda: int(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
         "reasons": lambda: tuple(text for bit, text in _REASONS.items() if reasons and int(reasons(handle)) & bit),
     }
     for key, read in readers.items():
-        with contextlib.suppress(pynvml.NVMLError):
+        with contextlib.suppress(nvml.NVMLError):
             found[key] = read()
     return Clocks(**found)
 

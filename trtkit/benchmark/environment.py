@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from trtkit.benchmark.nvml import management_library
 from trtkit.spec.measured import Measured
 from trtkit.spec.result import Environment
 from trtkit.version import __version__
@@ -129,18 +130,17 @@ def _cpu_name() -> str:
 
 def _gpu() -> dict[str, str]:
     """Name, driver, power limit and clocks of the first device, as NVML tells them now."""
-    try:
-        import pynvml
-    except ImportError:
+    nvml = management_library()
+    if nvml is None:
         return {}
     facts: dict[str, str] = {}
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(0)
+    except nvml.NVMLError:
         return facts
-    for key, read in _gpu_readers(pynvml, handle).items():
-        with contextlib.suppress(pynvml.NVMLError):
+    for key, read in _gpu_readers(nvml, handle).items():
+        with contextlib.suppress(nvml.NVMLError):
             value = read()
             facts[key] = value.decode() if isinstance(value, bytes) else str(value)
     return facts

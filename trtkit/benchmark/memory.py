@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
+from trtkit.benchmark.nvml import management_library
 from trtkit.spec.engine import EngineInfo, KVStats
 from trtkit.spec.result import MemorySplit
 
@@ -93,29 +94,37 @@ class NvmlGauge:
         self._baseline_bytes = baseline_bytes
 
     def read_bytes(self) -> int | None:
-        """Bytes on all devices together."""
+        """Bytes on all devices together; None where a driver does not answer, which must not end the measurement."""
         pids = self._tree.pids()
         by_process, growth = 0, 0
-        for index, baseline in self._baseline_bytes.items():
-            handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-            for entry in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if entry.pid in pids and entry.usedGpuMemory:
-                    by_process += entry.usedGpuMemory
-            growth += max(self._nvml.nvmlDeviceGetMemoryInfo(handle).used - baseline, 0)
+        try:
+            for index, baseline in self._baseline_bytes.items():
+                handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+                by_process += self._held_by(pids, handle)
+                growth += max(self._nvml.nvmlDeviceGetMemoryInfo(handle).used - baseline, 0)
+        except self._nvml.NVMLError:
+            return None
         return by_process or growth or None
+
+    def _held_by(self, pids: set[int], handle: Any) -> int:  # noqa: ANN401 - pynvml is untyped
+        """Bytes of these processes on one device; 0 where it does not list any, as some virtual machines' do not."""
+        try:
+            entries = self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        except self._nvml.NVMLError:
+            return 0
+        return sum(entry.usedGpuMemory or 0 for entry in entries if entry.pid in pids)
 
 
 def nvml_baseline() -> tuple[Any, dict[int, int]] | None:
     """NVML and the bytes in use on each device now; None without a driver. Take it before the engine starts."""
-    try:
-        import pynvml
-    except ImportError:
+    nvml = management_library()
+    if nvml is None:
         return None
     try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return pynvml, {i: pynvml.nvmlDeviceGetMemoryInfo(handle).used for i, handle in enumerate(handles)}
-    except pynvml.NVMLError:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        return nvml, {i: nvml.nvmlDeviceGetMemoryInfo(handle).used for i, handle in enumerate(handles)}
+    except nvml.NVMLError:
         return None
 
 

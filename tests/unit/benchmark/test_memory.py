@@ -76,6 +76,7 @@ def test_nothing_read_leaves_the_peak_unknown() -> None:
 def fake_nvml(used: dict[int, int], processes: dict[int, dict[int, int]]) -> SimpleNamespace:
     """pynvml's functions over devices (the handle is the index): bytes in use, and bytes by process."""
     return SimpleNamespace(
+        NVMLError=ZeroDivisionError,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [
             SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in processes[handle].items()
@@ -93,6 +94,19 @@ def test_gpu_memory_is_that_of_the_process_on_all_devices_and_of_nobody_else() -
 def test_gpu_memory_of_a_process_that_nvml_names_otherwise_is_the_growth_since_the_start() -> None:
     nvml = fake_nvml({0: 900, 1: 300}, {0: {999_999: 10}, 1: {}})
     assert NvmlGauge(os.getpid(), nvml, {0: 100, 1: 400}).read_bytes() == 800
+
+
+def test_a_driver_that_lists_no_processes_leaves_the_growth_and_one_that_says_nothing_leaves_it_unknown() -> None:
+    def refuse(_: object) -> None:
+        raise ZeroDivisionError
+
+    nvml = fake_nvml({0: 900}, {0: {os.getpid(): 10}})
+    nvml.nvmlDeviceGetComputeRunningProcesses = refuse
+    assert NvmlGauge(os.getpid(), nvml, {0: 100}).read_bytes() == 800
+    nvml.nvmlDeviceGetMemoryInfo = refuse
+    with PeakSampler(NvmlGauge(os.getpid(), nvml, {0: 100}), interval_s=0.0005) as sampler:
+        pass
+    assert sampler.peak_bytes is None
 
 
 def test_without_psutil_a_gpu_process_is_still_found_by_its_own_id(monkeypatch: pytest.MonkeyPatch) -> None:
