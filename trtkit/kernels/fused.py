@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtkit.kernels.dispatch import has_fp8, use_triton
+from trtkit.kernels.fused_arguments import check_embed, check_gate, check_norm, check_rope, check_rope_results
 from trtkit.kernels.matmul import quantise_rows_fp8
 
 FP8_MAX = 448.0
@@ -41,6 +42,7 @@ def add_rms_norm(
     Returns:
         The norm, [T, E].
     """
+    check_norm(delta_TE, residual_TE, weight_E, out)
     if use_triton(residual_TE, _FAMILY):
         from trtkit.kernels import triton_fused
 
@@ -52,6 +54,7 @@ def add_rms_norm(
 
 def silu_mul(gate_up_T2I: Tensor, *, out: Tensor | None = None) -> Tensor:
     """`silu(gate) * up` of the fused projection [T, 2 I], gate first: [T, I]."""
+    check_gate(gate_up_T2I, out)
     if use_triton(gate_up_T2I, _FAMILY):
         from trtkit.kernels import triton_fused
 
@@ -68,6 +71,7 @@ def add_rms_norm_fp8(
     Returns:
         The norm, rounded to the residual's type and then quantised: float8_e4m3fn [T, E] and fp32 scales [T, 1].
     """
+    check_norm(delta_TE, residual_TE, weight_E, None)
     if _quantises_at_once(residual_TE):
         from trtkit.kernels import triton_fused_fp8
 
@@ -78,6 +82,7 @@ def add_rms_norm_fp8(
 
 def silu_mul_fp8(gate_up_T2I: Tensor) -> tuple[Tensor, Tensor]:
     """`quantise_rows_fp8(silu_mul(gate_up))` in one pass: float8_e4m3fn [T, I] and fp32 scales [T, 1]."""
+    check_gate(gate_up_T2I, None)
     if _quantises_at_once(gate_up_T2I):
         from trtkit.kernels import triton_fused_fp8
 
@@ -126,6 +131,10 @@ def rope_write(  # noqa: PLR0913, PLR0917 - one pass over the projection replace
     Returns:
         Rotated queries, [T, Hq, D], contiguous.
     """
+    check_rope(
+        qkv_TCD, positions_T, cos_PD2, sin_PD2, cache_layer, tables_BM, rows_T, slots_T, num_heads, (q_norm_D, k_norm_D)
+    )
+    check_rope_results(qkv_TCD, num_heads, q_out, ring, ring_index_T)
     run = rope_twin
     if use_triton(qkv_TCD, _FAMILY):
         from trtkit.kernels import triton_fused
@@ -172,6 +181,7 @@ def rope_twin(  # noqa: PLR0913, PLR0917 - as `rope_write`
 
 def embed(token_ids_T: Tensor, table_VE: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Rows of the embedding table, [T, E]. Zeros for an id that is no row, such as a sampler's "not a number"."""
+    check_embed(token_ids_T, table_VE, out)
     if use_triton(table_VE, _FAMILY):
         from trtkit.kernels import triton_fused
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from trtkit.kernels.dispatch import use_triton
+from trtkit.kernels.fused_arguments import check_ranking
 
 
 def keep_best(scores: Tensor, positions: Tensor, num_tokens: int, *, tokens: int, sinks: int, recent: int) -> Tensor:
@@ -25,7 +26,11 @@ def keep_best(scores: Tensor, positions: Tensor, num_tokens: int, *, tokens: int
 
     Returns:
         int64 [..., tokens], ascending slots.
+
+    Raises:
+        ValueError: fewer slots than `tokens`, or shapes that differ.
     """
+    check_ranking(scores, positions, tokens, sinks, recent)
     if use_triton(scores, "ranking"):
         from trtkit.kernels import triton_ranking
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trtkit.kernels.dispatch import use_triton
+from trtkit.kernels.fused_arguments import check_draws, check_greedy
 
 NOT_A_NUMBER = -1
 """Stands for a token where the logits hold NaN or infinity."""
@@ -27,6 +28,7 @@ def greedy(logits_RV: Tensor, *, out: Tensor | None = None, workspace: Tensor | 
         out: int32 [R] for the result.
         workspace: int64, at least `workspace_size` elements; only the kernel needs it.
     """
+    check_greedy(logits_RV, out, workspace, workspace_size(*logits_RV.shape))
     if use_triton(logits_RV, _FAMILY):
         from trtkit.kernels import triton_sampling
 
@@ -60,6 +62,7 @@ def sample_rows(
     Returns:
         int32 [R].
     """
+    check_draws(logits_RV, temperature_R=temperature_R, top_k_R=top_k_R, top_p_R=top_p_R, uniform_R=uniform_R)
     if use_triton(logits_RV, _FAMILY):
         from trtkit.kernels import triton_sampling
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trtkit.kernels.arguments import side_by_side
 from trtkit.kernels.triton_fp8 import e4m3
 
 _ROW_BLOCK = 8192
@@ -27,7 +28,6 @@ def add_rms_norm(
 ) -> Tensor:
     """See `trtkit.kernels.fused.add_rms_norm`."""
     tokens, width = residual_TE.shape
-    assert residual_TE.stride(1) == 1, "rows of the residual must be contiguous, for they are changed in place"
     if out is None:
         out = torch.empty(tokens, width, dtype=residual_TE.dtype, device=residual_TE.device)
     if tokens == 0:
@@ -36,7 +36,7 @@ def add_rms_norm(
         delta_TE = delta_TE.contiguous()
     block = min(_ROW_BLOCK, triton.next_power_of_2(width))
     _add_rms_norm[(tokens,)](
-        residual_TE if delta_TE is None else delta_TE, residual_TE, weight_E, out,
+        residual_TE if delta_TE is None else delta_TE, residual_TE, weight_E.contiguous(), out,
         0 if delta_TE is None else delta_TE.stride(0), residual_TE.stride(0), out.stride(0), epsilon,
         WIDTH=width, BLOCK=block, HAS_DELTA=delta_TE is not None, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip
@@ -85,6 +85,7 @@ def rope_write(
     if qkv_TCD.stride(2) != 1 or qkv_TCD.stride(1) != dim:
         qkv_TCD = qkv_TCD.contiguous()
     positions_T, slots_T = positions_T.contiguous(), slots_T.contiguous()
+    cos_PD2, sin_PD2, tables_BM = cos_PD2.contiguous(), sin_PD2.contiguous(), side_by_side(tables_BM)
     has_norm = q_norm_D is not None and k_norm_D is not None
     fp8 = cache_layer.dtype is torch.float8_e4m3fn
     if ring is None or ring_index_T is None:
@@ -94,7 +95,7 @@ def rope_write(
     _rope_write[(tokens, triton.cdiv(heads, _HEAD_TILE))](
         qkv_TCD, positions_T, cos_PD2, sin_PD2, q_out, cache_layer.view(torch.uint8) if fp8 else cache_layer, tables_BM,
         slots_T if rows_T is None else rows_T.contiguous(), slots_T, ring, ring_index_T.contiguous(),
-        q_norm_D if has_norm else cos_PD2, k_norm_D if has_norm else cos_PD2,
+        cos_PD2 if q_norm_D is None else q_norm_D.contiguous(), cos_PD2 if k_norm_D is None else k_norm_D.contiguous(),
         qkv_TCD.stride(0), cache_layer.stride(0), cache_layer.stride(1), cache_layer.stride(2), cache_layer.stride(3),
         tables_BM.stride(0), ring.stride(0), epsilon,
         HEADS=heads, QUERY_HEADS=num_heads, KV_HEADS=cache_layer.shape[2], DIM=dim,

@@ -30,7 +30,6 @@ def add_rms_norm_fp8(
 ) -> tuple[Tensor, Tensor]:
     """See `trtkit.kernels.fused.add_rms_norm_fp8`; at most `MAX_NORM_WIDTH` wide."""
     tokens, width = residual_TE.shape
-    assert residual_TE.stride(1) == 1, "rows of the residual must be contiguous, for they are changed in place"
     quantised, scale = _results(tokens, width, residual_TE)
     if tokens == 0:
         return quantised, scale
@@ -38,7 +37,7 @@ def add_rms_norm_fp8(
         delta_TE = delta_TE.contiguous()
     block = triton.next_power_of_2(width)
     _add_rms_norm_fp8[(tokens,)](
-        residual_TE if delta_TE is None else delta_TE, residual_TE, weight_E, quantised, scale,
+        residual_TE if delta_TE is None else delta_TE, residual_TE, weight_E.contiguous(), quantised, scale,
         0 if delta_TE is None else delta_TE.stride(0), residual_TE.stride(0), epsilon, WIDTH=width, BLOCK=block,
         HAS_DELTA=delta_TE is not None, BY_HAND=INTERPRETED, num_warps=max(1, min(16, block // 512)),
     )  # fmt: skip

@@ -28,6 +28,8 @@ _SHIFTS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 def greedy(logits_RV: Tensor, *, out: Tensor | None = None, workspace: Tensor | None = None) -> Tensor:
     """See `trtkit.kernels.sampling.greedy`."""
     rows, vocab_size = logits_RV.shape
+    if logits_RV.dtype is torch.float64:
+        logits_RV = logits_RV.float()
     if out is None:
         out = torch.empty(rows, dtype=torch.int32, device=logits_RV.device)
     if rows == 0:
@@ -37,7 +39,7 @@ def greedy(logits_RV: Tensor, *, out: Tensor | None = None, workspace: Tensor | 
     if workspace is None:
         workspace = torch.empty(workspace_size(rows, vocab_size), dtype=torch.int64, device=logits_RV.device)
     tiles = triton.cdiv(vocab_size, GREEDY_TILE)
-    _best_of_tile[(tiles, rows)](logits_RV, workspace, logits_RV.stride(0), vocab_size, TILE=GREEDY_TILE, num_warps=8)
+    _best_of_tile[(rows, tiles)](logits_RV, workspace, logits_RV.stride(0), vocab_size, TILE=GREEDY_TILE, num_warps=8)
     _best_of_tiles[(rows,)](workspace, out, tiles, TILES_PAD=triton.next_power_of_2(tiles), num_warps=1)
     return out
 
@@ -50,6 +52,8 @@ def sample_rows(
     out = torch.empty(rows, dtype=torch.int32, device=logits_RV.device)
     if rows == 0:
         return out
+    if logits_RV.dtype is torch.float64:
+        logits_RV = logits_RV.float()
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     tile = min(GREEDY_TILE, triton.next_power_of_2(vocab_size))
@@ -63,8 +67,8 @@ def sample_rows(
 
 @triton.jit
 def _best_of_tile(logits, best, stride_row, vocab_size, TILE: tl.constexpr):
-    tile = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)  # the axis that may be longest
+    tile = tl.program_id(1)
     token = tile * TILE + tl.arange(0, TILE)
     value = tl.load(logits + row * stride_row + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
     # NaN counts as infinity: either makes the row invalid. Adding zero makes -0.0 equal to 0.0.
@@ -72,7 +76,7 @@ def _best_of_tile(logits, best, stride_row, vocab_size, TILE: tl.constexpr):
     bits = value.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
-    tl.store(best + row * tl.num_programs(0) + tile, tl.max(key, 0))
+    tl.store(best + row * tl.num_programs(1) + tile, tl.max(key, 0))
 
 
 @triton.jit
@@ -97,9 +101,11 @@ def _sample(
     row = logits + row_index.to(tl.int64) * stride_row
     peak = _peak(row, vocab_size, TILE)
     finite = (peak < float("inf")) & (peak > float("-inf"))
-    temperature = tl.load(temperatures + row_index).to(tl.float32)
-    drawn = finite & (temperature > 0)
-    rate = 1.0 / tl.where(drawn, temperature, 1.0)
+    given = tl.load(temperatures + row_index)
+    temperature = given.to(tl.float32)
+    drawn = finite & (given > 0)
+    # Where all logits but the largest weigh nothing, or all weigh the same, it makes no difference; 0 * inf would.
+    rate = 1.0 / tl.where(drawn, tl.minimum(tl.maximum(temperature, 1e-30), 1e30), 1.0)
     top = _key(peak, SHIFT)
     # Kept are all tokens above the key `floor`, and the first `ties` of those at it; together they weigh `kept`.
     floor = top
