@@ -21,7 +21,13 @@ from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
 
 GRAPH_NODE_S = "graph_node_s"
-COMPUTE = {"int8": torch.float16, "fp16": torch.float16, "fp8": torch.bfloat16, "bf16": torch.bfloat16}
+COMPUTE = {
+    "int4": torch.float16,
+    "int8": torch.float16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
 """What the engine computes in, by the type of the weights; the names of `trtkit build --precision`'s defaults."""
 
 MAIN = torch.float16
@@ -47,6 +53,7 @@ class Scale:
     batches: tuple[int, ...]
     budget: int
     interval: int
+    group: int
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -63,11 +70,11 @@ class Scale:
 
 LLAMA_70B = Scale(
     hidden=8192, intermediate=28672, heads=64, kv_heads=8, dim=128, vocab=128_256, layers=80, block=32,
-    tokens=(1, 8, 32, 64, 512, 4096), contexts=(512, 4096), batches=(1, 8, 32), budget=2048, interval=32,
+    tokens=(1, 8, 32, 64, 512, 4096), contexts=(512, 4096), batches=(1, 8, 32), budget=2048, interval=32, group=128,
 )  # fmt: skip
 TINY = Scale(
     hidden=64, intermediate=96, heads=8, kv_heads=2, dim=16, vocab=300, layers=2, block=4,
-    tokens=(1, 3, 70), contexts=(5, 24), batches=(1, 3), budget=16, interval=4,
+    tokens=(1, 3, 70), contexts=(5, 24), batches=(1, 3), budget=16, interval=4, group=32,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from trtkit.engine.weights import Linear
 from trtkit.kernels import fused, matmul, paged
 from trtkit.spec.dtype import DType
 
-BOUNDS = {"int8": 0.005, "fp8": 0.02, "bf16": 0.02}
+BOUNDS = {"int4": 0.005, "int8": 0.005, "fp8": 0.02, "bf16": 0.02}
 """Nine kernels' roundings to 16 bits, one after the other."""
 
 FP8_ACTIVATIONS_BOUND = 0.12
@@ -112,7 +112,8 @@ def prefill_layer(bench: Bench, kind: str, tokens: int) -> None:
 def _layer(bench: Bench, kind: str, tokens: int, lengths: list[int], attend: Attention) -> Layer:
     session, scale, compute = bench.session, bench.scale, COMPUTE[kind]
     shapes = {name: shape for name, shape in scale.matrices.items() if name != "lm_head"}
-    copies = session.copies(sum(outputs * inputs for outputs, inputs in shapes.values()))
+    item = kernel_products.WEIGHT_BYTES[kind]
+    copies = session.copies(int(item * sum(outputs * inputs for outputs, inputs in shapes.values())))
     angles = session.randn(_POSITIONS, scale.dim // 2)
     positions = session.randint(0, _POSITIONS, (tokens,))
     return Layer(

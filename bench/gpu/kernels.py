@@ -29,8 +29,8 @@ from bench.gpu.kernel_bench import (
 )
 
 KIND = "gpu-kernels"
-KINDS = ("int8", "fp8", "bf16")
-_MOST_ROWS = 18
+KINDS = ("int8", "int4", "fp8", "bf16")
+_MOST_ROWS = 17
 Item = tuple[str, float, Callable[[], object]]
 
 
@@ -76,6 +76,9 @@ def items(bench: Bench) -> list[Item]:
     planned += _fused(bench)
     planned += [item for tokens in (many[-1], few[0], few[-2]) for item in _products(bench, "fp8", tokens)]
     planned += _prompt(bench, "fp8")
+    planned += [item for tokens in (few[0], few[-2], many[-1]) for item in _products(bench, "int4", tokens)]
+    planned += [item for rows in (scale.batches[0], scale.batches[-1]) for item in _layer(bench, "int4", rows)]
+    planned += _prompt(bench, "int4")
     for kind in ("fp16", "fp8"):
         for rows in scale.batches:
             for context in scale.contexts:
@@ -100,7 +103,7 @@ def _products(bench: Bench, kind: str, tokens: int) -> list[Item]:
         inputs = bench.scale.hidden
         found.append((f"quantise T={tokens}", 1.0, partial(kernel_products.quantise_rows, bench, tokens, inputs)))
     if tokens <= 64:
-        wide = "fp16" if kind == "int8" else "bf16"
+        wide = "fp16" if kind in ("int4", "int8") else "bf16"
         head = partial(kernel_products.product, bench, wide, "lm_head", tokens)
         found.append((f"{wide} lm_head T={tokens}", 3.0, head))
     return found
