@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from trtkit.spec.codec import LATER
 from trtkit.spec.kv import KVPolicySpec
+from trtkit.spec.speculation import SpeculationSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +76,8 @@ class KVStats:
 
     `evictions` counts rounds over all requests, `tokens_evicted` and `blocks_freed` what they released (tokens
     are per sequence: every KV head drops as many), each None where the runtime does not tell; `side_bytes` is what a
-    policy stores besides keys and values.
+    policy stores besides keys and values. `draft_tokens` were guessed and checked by speculation, `accepted_tokens` of
+    them right and written: each saved its request a step; None where the runtime does not tell.
     """
 
     tokens_per_block: int
@@ -93,6 +95,8 @@ class KVStats:
     side_bytes: int = 0
     prompt_tokens_reused: int | None = field(default=0, metadata=LATER)
     blocks_cached: int | None = field(default=0, metadata=LATER)
+    draft_tokens: int | None = field(default=0, metadata=LATER)
+    accepted_tokens: int | None = field(default=0, metadata=LATER)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +120,7 @@ class EngineInfo:
     pid: int | None = None
     notes: tuple[str, ...] = ()
     device_memory: Mapping[str, int] = field(default_factory=dict)
+    speculation: SpeculationSpec | None = field(default=None, metadata=LATER)
 
 
 @runtime_checkable
