@@ -16,6 +16,7 @@ from trtkit.spec.engine import Request
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.quant import FP8_ROWWISE
 from trtkit.trtllm.capabilities import adjustments
+from trtkit.trtllm.guesses import guess_arguments
 
 
 def kv_bytes_per_token(plan: BuildPlan) -> int:
@@ -72,15 +73,19 @@ def _switch(on: bool) -> str:
     return "enable" if on else "disable"
 
 
-def kv_cache_arguments(plan: BuildPlan, *, reuse: bool = False) -> dict[str, Any]:
-    """`KvCacheConfig`. Reuse is off unless asked for: a benchmark that repeats a prompt must not find it cached.
+def kv_cache_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, Any]:
+    """`KvCacheConfig`. Blocks are reused if the plan says so, which by default it does not: a benchmark that repeats a
+    prompt must not find it cached. Scoring always reuses them where it can: its prompts are each other's prefixes.
 
-    With a fixed pool both `max_tokens` and the fraction are given; TensorRT-LLM takes the smaller.
+    Whole blocks only, so that reported blocks are tokens. With a fixed pool both `max_tokens` and the fraction are given;
+    TensorRT-LLM takes the smaller.
     """
     limits = plan.limits
     engine = plan.target == "tensorrt"
+    can_reuse = plan.kv.is_full and "use_paged_context_fmha" not in adjustments(plan)
     arguments: dict[str, Any] = {
-        "enable_block_reuse": reuse and plan.kv.is_full and "use_paged_context_fmha" not in adjustments(plan),
+        "enable_block_reuse": (limits.enable_block_reuse or scoring) and can_reuse,
+        "enable_partial_reuse": False,
         "free_gpu_memory_fraction": limits.kv_fraction,
         # Engines take the cache type from their checkpoint and refuse any other word here.
         "dtype": "fp8" if plan.quant.kv is DType.FP8 and not engine else "auto",
@@ -99,7 +104,8 @@ def kv_cache_arguments(plan: BuildPlan, *, reuse: bool = False) -> dict[str, Any
 def llm_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, Any]:
     """Keyword arguments of `LLM` besides the model's path; nested configurations as plain data.
 
-    `scoring` opens it to give the logits of generated tokens, and lets prompts share their prefixes' blocks.
+    `scoring` opens it to give the logits of generated tokens, and lets prompts share their prefixes' blocks. It asks for
+    one token a prompt, so it guesses none.
     """
     limits = plan.limits
     arguments: dict[str, Any] = {
@@ -111,7 +117,7 @@ def llm_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, Any]:
         "max_seq_len": limits.max_seq_len,
         "max_beam_width": 1,
         "enable_chunked_prefill": limits.enable_chunked_prefill and "use_paged_context_fmha" not in adjustments(plan),
-        "kv_cache_config": kv_cache_arguments(plan, reuse=scoring),
+        "kv_cache_config": kv_cache_arguments(plan, scoring=scoring),
         "scheduler_config": {"capacity_scheduler_policy": "GUARANTEED_NO_EVICT"},
         "gather_generation_logits": scoring,
     }
@@ -123,6 +129,7 @@ def llm_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, Any]:
             "attn_backend": "TRTLLM",
             "stream_interval": 1,
             "enable_iter_perf_stats": True,
+            **({} if scoring else guess_arguments(plan)),
         }
     return arguments
 

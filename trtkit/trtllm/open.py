@@ -16,12 +16,15 @@ from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.errors import EngineError, TrtkitError, UsageError
 from trtkit.spec.kv import KVFidelity, KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits
+from trtkit.spec.speculation import SpeculationSpec, parse_speculation
+from trtkit.trtllm.capabilities import check_plan
 from trtkit.trtllm.counters import EvictionCounters
 from trtkit.trtllm.engine_build import ENGINE_DIR, check_engine
+from trtkit.trtllm.guesses import guess_handicaps, native_guesses
 from trtkit.trtllm.installed import Installation, installation_here
 from trtkit.trtllm.lower import llm_arguments
 from trtkit.trtllm.policies import handicaps, with_policy
-from trtkit.trtllm.requirements import require_runtime, require_target
+from trtkit.trtllm.requirements import require_guesses, require_runtime, require_target
 from trtkit.trtllm.runtime import LlmEngine, Native
 
 _CEILINGS = ("max_batch_size", "max_num_tokens", "max_seq_len")
@@ -55,18 +58,21 @@ def open_pytorch(bundle: EngineBundle, **overrides: object) -> LlmEngine:
     """
     plan = with_overrides(bundle.manifest.plan, overrides)
     found = require_target("pytorch", installation_here())
+    require_guesses(plan, found)
     require_runtime(plan, found)
     return _open(plan, bundle.checkpoint_dir, "tensorrt_llm", found, bundle.manifest.fidelity)
 
 
 def with_overrides(plan: BuildPlan, overrides: Mapping[str, object]) -> BuildPlan:
-    """The plan with run-time limits in it.
+    """The plan with run-time limits and speculation in it.
 
     Raises:
         UsageError: an override that this target does not take, or a limit above what was built.
+        UnsupportedError: the target cannot do what is asked together.
     """
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
     kv, device = given.pop("kv", plan.kv), given.pop("device", "cuda")
+    speculation = given.pop("speculation", plan.speculation)
     policy = parse_kv_policy(kv) if isinstance(kv, str) else kv
     if not isinstance(policy, KVPolicySpec) or policy != plan.kv:
         raise UsageError(f"{plan.name}: its KV policy is {plan.kv.label}, decided when it was built; build another one")
@@ -81,7 +87,12 @@ def with_overrides(plan: BuildPlan, overrides: Mapping[str, object]) -> BuildPla
             raise UsageError(
                 f"{plan.name}: {name} {getattr(limits, name)} is above the {getattr(plan.limits, name)} it was built for"
             )
-    return replace(plan, limits=limits)
+    guesses = parse_speculation(speculation) if isinstance(speculation, str) else speculation
+    assert guesses is None or isinstance(guesses, SpeculationSpec)
+    changed = replace(plan, limits=limits, speculation=guesses)
+    if changed != plan:
+        check_plan(changed)
+    return changed
 
 
 def _open(
@@ -114,7 +125,7 @@ def _open(
         for stage in range(plan.parallel.pp)
     )
     try:
-        notes = handicaps(plan, plain_arguments(scoring=False))
+        notes = handicaps(plan, plain_arguments(scoring=False)) + guess_handicaps(plan)
     except TrtkitError:
         if counters is not None:
             counters.close()
@@ -130,6 +141,7 @@ def native_arguments(arguments: Mapping[str, Any], api: Any) -> dict[str, Any]: 
             capacity_scheduler_policy=api.CapacitySchedulerPolicy(value["capacity_scheduler_policy"])
         ),
         "extended_runtime_perf_knob_config": lambda value: api.ExtendedRuntimePerfKnobConfig(**value),
+        "speculative_config": lambda value: native_guesses(value, api),
     }
     return {name: makers[name](value) if name in makers else value for name, value in arguments.items()}
 

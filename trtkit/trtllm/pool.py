@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from trtkit.spec.engine import KVStats
 from trtkit.spec.errors import EngineError
 from trtkit.spec.plan import BuildPlan
+from trtkit.trtllm.guesses import guess_counts
 from trtkit.trtllm.lower import kv_bytes_per_token
 
 _POLL_S = 0.2
@@ -31,6 +32,7 @@ class PoolWatch:
         self._plan = plan
         self._lock = threading.Lock()
         self._stats: KVStats | None = None
+        self._guesses: tuple[int | None, int | None] = (0, 0) if plan.speculation is None else (None, None)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trtllm-stats", daemon=True)
         self._thread.start()
@@ -87,6 +89,7 @@ class PoolWatch:
         used, running = int(cache.get("usedNumBlocks", 0)), int(entry.get("numActiveRequests", 0))
         with self._lock:
             before = self._stats
+            self._guesses = guess_counts(entry, self._guesses)
             self._stats = KVStats(
                 tokens_per_block=tokens_per_block,
                 block_bytes=kv_bytes_per_token(self._plan) * tokens_per_block,
@@ -97,4 +100,15 @@ class PoolWatch:
                 requests_waiting=int(entry.get("numQueuedRequests", 0)),
                 requests_peak=max(running, before.requests_peak if before else 0),
                 preemptions=(before.preemptions if before else 0) + int(batching.get("numPausedRequests", 0)),
+                draft_tokens=self._guesses[0],
+                accepted_tokens=self._guesses[1],
+                prompt_tokens_reused=self._tokens_reused(cache, tokens_per_block),
+                blocks_cached=None if self._plan.limits.enable_block_reuse else 0,
             )
+
+    def _tokens_reused(self, cache: dict[str, Any], tokens_per_block: int) -> int | None:
+        """Blocks found again since the engine started, all of them whole; how many wait to be is not told."""
+        if not self._plan.limits.enable_block_reuse:
+            return 0
+        blocks = cache.get("reusedBlocks")
+        return None if blocks is None else int(blocks) * tokens_per_block

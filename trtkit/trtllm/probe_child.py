@@ -27,6 +27,7 @@ NAMES = (
     "tensorrt_llm.llmapi.SchedulerConfig",
     "tensorrt_llm.llmapi.CapacitySchedulerPolicy",
     "tensorrt_llm.llmapi.ExtendedRuntimePerfKnobConfig",
+    "tensorrt_llm.llmapi.NGramDecodingConfig",
     "tensorrt_llm.quantization.functional.preprocess_weights_for_mixed_gemm",
     "mpi4py.MPI",
 )

@@ -10,6 +10,7 @@ from trtkit.spec.plan import BuildPlan
 from trtkit.spec.quant import GPTQ_INT8
 from trtkit.spec.units import format_gib
 from trtkit.trtllm.capabilities import ENGINE_RELEASES, PYTORCH_SINCE
+from trtkit.trtllm.guesses import KIND, NGRAM_CLASS, guess_arguments
 from trtkit.trtllm.installed import Device, Installation, installation, visible_devices
 
 _IMAGE = "docker run --gpus all -it nvcr.io/nvidia/tensorrt-llm/release:1.2.1"
@@ -94,6 +95,25 @@ def require_packing(plan: BuildPlan, found: Installation | None = None) -> None:
         raise UnsupportedError(
             f"{plan.name}: TensorRT-LLM {found.version} has no {PACKING_FUNCTION}, which packs GPTQ weights; use 1.2.x, or "
             "--precision int8, which rounds again"
+        )
+
+
+def require_guesses(plan: BuildPlan, found: Installation | None = None) -> None:
+    """The class of n-gram speculation with the arguments it is given, for a plan that guesses.
+
+    Raises:
+        UnsupportedError: the installed release has none, or one that takes other arguments.
+    """
+    if plan.speculation is None:
+        return
+    found = found or installation()
+    taken = found.names.get(NGRAM_CLASS, ())
+    missing = [] if taken is None else sorted(set(guess_arguments(plan)["speculative_config"]) - {KIND, *taken})
+    if NGRAM_CLASS not in found.names or missing:
+        what = f"no {NGRAM_CLASS}" if NGRAM_CLASS not in found.names else f"an NGramDecodingConfig without {missing[0]}"
+        raise UnsupportedError(
+            f"{plan.name}: TensorRT-LLM {found.version} has {what}, so it cannot guess ({plan.speculation.label}); use 1.2.x "
+            "or 1.3, or --speculate off"
         )
 
 

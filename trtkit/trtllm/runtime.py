@@ -119,6 +119,7 @@ class LlmEngine:
             weight_bytes=self._weight_bytes,
             kv_pool_bytes=stats.blocks_total * stats.block_bytes,
             kv_policy=self._plan.kv,
+            speculation=self._plan.speculation,
             eos_ids=self._plan.model.eos_ids,
             notes=self._notes,
         )

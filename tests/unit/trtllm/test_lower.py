@@ -13,6 +13,7 @@ from trtkit.spec.engine import Request, Sampling
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
+from trtkit.spec.speculation import parse_speculation
 from trtkit.trtllm.lower import (
     build_argv,
     kv_bytes_per_token,
@@ -103,7 +104,13 @@ def test_engines_are_never_told_a_cache_type_and_the_pytorch_backend_is_told_fp8
     assert kv_cache_arguments(plan(quant=fp8, target="pytorch"))["dtype"] == "fp8"
 
 
-def test_blocks_are_shared_between_prompts_for_scoring_only() -> None:
+def test_blocks_are_shared_between_prompts_where_the_plan_says_so_and_whole_ones_only() -> None:
+    for target in ("tensorrt", "pytorch"):
+        asked = kv_cache_arguments(plan(target=target, limits=Limits(enable_block_reuse=True)))
+        assert (asked["enable_block_reuse"], asked["enable_partial_reuse"]) == (True, False)
+
+
+def test_by_default_blocks_are_shared_between_prompts_for_scoring_only() -> None:
     assert llm_arguments(plan())["kv_cache_config"]["enable_block_reuse"] is False
     assert llm_arguments(plan())["gather_generation_logits"] is False
     scoring = llm_arguments(plan(), scoring=True)
@@ -148,3 +155,15 @@ def test_ignoring_the_end_keeps_other_stop_tokens() -> None:
     arguments = sampling_arguments(request(stop_ids=(7,), ignore_eos=True), 5, (2, 3))
     assert (arguments["stop_token_ids"], arguments["ignore_eos"]) == ([7], True)
     assert sampling_arguments(request(ignore_eos=True), 5, (2, 3))["stop_token_ids"] is None
+
+
+def test_guesses_become_a_pool_for_each_request_and_a_loop_without_overlap() -> None:
+    guessing = plan(target="pytorch", speculation=parse_speculation("ngram:4,match=2"))
+    arguments = llm_arguments(guessing)
+    assert arguments["speculative_config"] == {
+        "decoding_type": "NGram", "max_draft_len": 4, "max_matching_ngram_size": 2, "is_keep_all": True,
+        "is_use_oldest": True, "is_public_pool": False,
+    }  # fmt: skip
+    assert arguments["disable_overlap_scheduler"] is True
+    assert "speculative_config" not in llm_arguments(guessing, scoring=True)
+    assert not {"speculative_config", "disable_overlap_scheduler"} & set(llm_arguments(plan(target="pytorch")))

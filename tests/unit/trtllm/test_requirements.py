@@ -10,11 +10,14 @@ from trtkit.spec.catalog import gpu_spec, model_preset
 from trtkit.spec.errors import MissingDependencyError, UnsupportedError
 from trtkit.spec.plan import BuildPlan, Parallelism
 from trtkit.spec.quant import quant_for
+from trtkit.spec.speculation import parse_speculation
+from trtkit.trtllm.guesses import NGRAM_CLASS
 from trtkit.trtllm.installed import Device, Installation
 from trtkit.trtllm.requirements import (
     PACKING_FUNCTION,
     choose_target,
     require_builder_device,
+    require_guesses,
     require_packing,
     require_runtime,
     require_target,
@@ -118,3 +121,17 @@ def test_gptq_wants_the_function_that_packs_it_and_nothing_else_does() -> None:
     with pytest.raises(UnsupportedError, match=r"1\.2\.1 has no .*mixed_gemm.*--precision int8"):
         require_packing(gptq, ENGINES)
     require_packing(gptq, dataclasses.replace(ENGINES, names={**NAMES, PACKING_FUNCTION: ("tensor",)}))
+
+
+def test_a_release_that_cannot_guess_is_refused_by_what_it_lacks() -> None:
+    guessing = dataclasses.replace(plan(), target="pytorch", speculation=parse_speculation("ngram:4"))
+    arguments = ("is_keep_all", "is_public_pool", "is_use_oldest", "max_draft_len", "max_matching_ngram_size")
+    found = dataclasses.replace(NEWER, names={**NAMES, NGRAM_CLASS: arguments})
+    require_guesses(guessing, found)
+    require_guesses(guessing, dataclasses.replace(found, names={NGRAM_CLASS: None}))
+    require_guesses(plan(), NEWER)
+    with pytest.raises(UnsupportedError, match=r"1\.3\.0rc7 has no .*NGramDecodingConfig.*--speculate off"):
+        require_guesses(guessing, NEWER)
+    older = dataclasses.replace(found, names={NGRAM_CLASS: ("prompt_lookup_num_tokens", *arguments[:3])})
+    with pytest.raises(UnsupportedError, match="without max_draft_len"):
+        require_guesses(guessing, older)

@@ -103,6 +103,32 @@ class CudaGraphConfig(Strict):
 _ANY = (object,)
 
 
+class NGramDecodingConfig(Strict):
+    """`decoding_type` is no argument of it: files name the class by it."""
+
+    FIELDS = {
+        "max_draft_len": (None, (*I, NONE)),
+        "max_total_draft_tokens": (None, (*I, NONE)),
+        "speculative_model": (None, _ANY),
+        "max_concurrency": (None, (*I, NONE)),
+        "draft_len_schedule": (None, (dict, NONE)),
+        "load_format": (None, (*S, NONE)),
+        "acceptance_window": (None, (*I, NONE)),
+        "max_matching_ngram_size": (2 if _NEWER else 0, I),
+        "is_keep_all": (True, B),
+        "is_use_oldest": (True, B),
+        "is_public_pool": (True, B),
+    }
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        if not self.max_draft_len or self.max_draft_len < 1:
+            raise ValueError("max_draft_len must be > 0 for NGram")
+        if self.max_matching_ngram_size < 1:
+            raise ValueError("max_matching_ngram_size must be > 0 for NGram")
+        self.max_total_draft_tokens = self.max_draft_len
+
+
 class SamplingParams(Strict):
     FIELDS = {
         "end_id": (None, (*I, NONE)), "pad_id": (None, (*I, NONE)), "max_tokens": (32, I),
@@ -127,12 +153,16 @@ class SamplingParams(Strict):
     }  # fmt: skip
 
 
+if os.environ.get("FAKE_TRTLLM_NGRAM") == "gone":
+    del NGramDecodingConfig
+
 __all__ = [
     "BatchingType",
     "CapacitySchedulerPolicy",
     "CudaGraphConfig",
     "ExtendedRuntimePerfKnobConfig",
     "KvCacheConfig",
+    "NGramDecodingConfig",
     "SamplingParams",
     "SchedulerConfig",
 ]

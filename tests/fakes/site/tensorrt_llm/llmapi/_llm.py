@@ -17,10 +17,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from tensorrt_llm import llmapi
 from tensorrt_llm.llmapi import KvCacheConfig, SamplingParams, SchedulerConfig, Strict, check_type
 
 VERSION = os.environ.get("FAKE_TRTLLM_VERSION", "1.2.1")
 NONE = type(None)
+SPECULATION = getattr(llmapi, "NGramDecodingConfig", NONE)
 _ANY = (object,)
 _COMMON: dict[str, tuple[Any, tuple[type, ...]]] = {
     "tokenizer": (None, _ANY), "tokenizer_mode": ("auto", (str,)), "skip_tokenizer_init": (False, (bool,)),
@@ -36,7 +38,7 @@ _COMMON: dict[str, tuple[Any, tuple[type, ...]]] = {
     "batched_logits_processor": (None, _ANY), "iter_stats_max_iterations": (None, (int, NONE)),
     "request_stats_max_iterations": (None, (int, NONE)), "peft_cache_config": (None, _ANY),
     "scheduler_config": (None, (SchedulerConfig, NONE)), "cache_transceiver_config": (None, _ANY),
-    "sparse_attention_config": (None, _ANY), "speculative_config": (None, _ANY), "max_batch_size": (None, (int, NONE)),
+    "sparse_attention_config": (None, _ANY), "speculative_config": (None, (SPECULATION, NONE)), "max_batch_size": (None, (int, NONE)),
     "max_input_len": (None, (int, NONE)), "max_seq_len": (None, (int, NONE)), "max_beam_width": (None, (int, NONE)),
     "max_num_tokens": (8192, (int, NONE)), "gather_generation_logits": (False, (bool,)),
     "num_postprocess_workers": (0, (int,)), "postprocess_tokenizer_dir": (None, _ANY), "reasoning_parser": (None, _ANY),
@@ -89,19 +91,18 @@ class Result:
             self._loop = asyncio.get_running_loop()
             self._async = asyncio.Queue()
 
-    def push(self, item: tuple[int | None, str | None, Any]) -> None:
+    def push(self, item: tuple[list[int], str | None, Any]) -> None:
         if self._async is not None:
             self._loop.call_soon_threadsafe(self._async.put_nowait, item)
         else:
             self._sync.put(item)
 
-    def _take(self, item: tuple[int | None, str | None, Any]) -> None:
-        token, reason, extra = item
+    def _take(self, item: tuple[list[int], str | None, Any]) -> None:
+        tokens, reason, extra = item
         if reason == "error":
             self.finished = True
             raise RuntimeError(extra)
-        if token is not None:
-            self.outputs[0].token_ids.append(token)
+        self.outputs[0].token_ids += tokens
         if reason is not None:
             self.outputs[0].finish_reason, self.finished = reason, True
         self.outputs[0].generation_logits = extra
@@ -124,6 +125,26 @@ class Result:
         while not self.finished:
             self._take(await self._async.get())
             yield self
+
+
+class Guesses:
+    """Steps that bring several tokens: of `n` guesses 0, 1, ... n are accepted in turn. Text is never changed."""
+
+    def __init__(self, config: Any) -> None:
+        self._most = 0 if config is None else config.max_draft_len
+        self._steps = 0
+
+    def next_step(self) -> int:
+        """Tokens of the coming step."""
+        return 1 + self._steps % (self._most + 1)
+
+    def stats(self, tokens: int) -> dict[str, Any]:
+        """What a step that brought `tokens` adds to its iteration's statistics."""
+        self._steps += 1
+        if not self._most:
+            return {}
+        told = {"numDraftTokens": self._most, "numAcceptedTokens": max(0, tokens - 1), "numRequestsWithDraftTokens": 1}
+        return {"specDecodingStats": {**told, "acceptanceLength": float(tokens)}}
 
 
 class _BaseLLM:
@@ -244,7 +265,7 @@ class _BaseLLM:
         row = torch.full((1, self._vocab_size + 2), -1e9)
         for token, logprob in score.continuations[0].top[0]:
             row[0, token] = logprob + 3.0
-        result.push((score.continuations[0].top[0][0][0], "length", row))
+        result.push(([score.continuations[0].top[0][0][0]], "length", row))
 
     def _run(self) -> None:
         from trtkit.spec.engine import FinishReason
@@ -252,8 +273,8 @@ class _BaseLLM:
         names = {FinishReason.LENGTH: "length", FinishReason.STOP: "stop", FinishReason.CANCELLED: "cancelled"}
         streaming: dict[str, bool] = {}
         held: dict[str, list[int]] = {}
+        guesses = Guesses(self.args.speculative_config)
         for event in self._engine.generate(self._feed(streaming)):
-            self._note_iteration()
             result = self._results[int(event.request_id)]
             while True:
                 try:
@@ -263,16 +284,18 @@ class _BaseLLM:
             if os.environ.get("FAKE_TRTLLM_DIE_AFTER") == str(self._iteration):
                 sys.stderr.write("[TRT-LLM] [E] CUDA error: an illegal memory access\n")
                 os._exit(134)
+            tokens = held.setdefault(event.request_id, [])
             if event.error is not None:
-                result.push((None, "error", event.error))
-            elif streaming[event.request_id]:
-                result.push((event.token_id, names.get(event.finish), None))
+                result.push(([], "error", event.error))
+                continue
+            if event.token_id is not None:
+                tokens.append(event.token_id)
+            step = guesses.next_step() if streaming[event.request_id] else sys.maxsize
+            if event.finish or len(tokens) >= step:
+                self._note_iteration(guesses.stats(len(tokens)))
+                result.push((held.pop(event.request_id), names.get(event.finish), None))
             else:
-                held.setdefault(event.request_id, []).append(event.token_id)
-                if event.finish:
-                    for token in held[event.request_id][:-1]:
-                        result.push((token, None, None))
-                    result.push((event.token_id, names[event.finish], None))
+                self._note_iteration({})
 
     def _feed(self, streaming: dict[str, bool]) -> Any:
         from trtkit.spec.engine import Request, Sampling
@@ -299,7 +322,7 @@ class _BaseLLM:
                 stop_ids=tuple(params.stop_token_ids or ()), ignore_eos=True,
             )  # fmt: skip
 
-    def _note_iteration(self) -> None:
+    def _note_iteration(self, guessed: dict[str, Any]) -> None:
         self._iteration += 1
         stats = self._engine.kv_stats()
         if self._stats.full():
@@ -311,8 +334,9 @@ class _BaseLLM:
                 "kvCacheStats": {
                     "maxNumBlocks": stats.blocks_total, "usedNumBlocks": stats.blocks_used,
                     "freeNumBlocks": stats.blocks_total - stats.blocks_used, "tokensPerBlock": stats.tokens_per_block,
+                    "reusedBlocks": stats.prompt_tokens_reused // stats.tokens_per_block,
                 },
-                "inflightBatchingStats": {"numPausedRequests": 0},
+                "inflightBatchingStats": {"numPausedRequests": 0}, **guessed,
             }
         )  # fmt: skip
 
@@ -328,6 +352,7 @@ class _BaseLLM:
             max_seq_len=limits["max_seq_len"],
             tokens_per_block=tokens_per_block,
             kv_memory_bytes=None,
+            enable_block_reuse=cache.enable_block_reuse and self.args.sparse_attention_config is None,
         )
 
 
@@ -349,8 +374,13 @@ class EngineLLM(_BaseLLM):
                 raise ValueError(f"{name}_size {given} is not the engine's {mapping[f'{name}_size']}")
         self.args.tensor_parallel_size, self.args.pipeline_parallel_size = mapping["tp_size"], mapping["pp_size"]
         assert self.args.kv_cache_config.dtype == "auto", "KvCacheConfig.dtype should be 'auto' for TRT backend"
-        if self.args.enable_chunked_prefill and not config["build_config"]["plugin_config"]["use_paged_context_fmha"]:
+        paged = config["build_config"]["plugin_config"]["use_paged_context_fmha"]
+        if self.args.enable_chunked_prefill and not paged:
             raise ValueError("chunked context needs paged context FMHA")
+        if self.args.kv_cache_config.enable_block_reuse and not paged:
+            raise ValueError("KV cache block reuse needs paged context FMHA")
+        if self.args.speculative_config is not None:
+            raise ValueError("NGram speculative decoding is not supported by the TensorRT backend")
         self._config = config
 
     def _load(self, scratch: Path) -> tuple[Any, int, Path]:
@@ -385,6 +415,15 @@ class TorchLLM(_BaseLLM):
             raise ValueError(f"backend {self.args.backend!r} is not supported")
         if self.args.kv_cache_config.dtype not in ("auto", "fp8"):
             raise ValueError("kv_cache_config.dtype must be auto or fp8")
+        if self.args.speculative_config is not None:
+            if self.args.pipeline_parallel_size > 1:
+                raise NotImplementedError("Drafting is not supported for selected executor loop.")
+            if not self.args.disable_overlap_scheduler:
+                raise NotImplementedError(
+                    "NGram has no overlap scheduler: newer releases switch it off, older ones refuse"
+                )
+            if self.args.sparse_attention_config is not None:
+                raise NotImplementedError("sparse attention beside speculation: no release was read to support it")
 
     def _load(self, scratch: Path) -> tuple[Any, int, Path]:
         from tensorrt_llm.llmapi._hf import dequantised_checkpoint
