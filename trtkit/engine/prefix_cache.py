@@ -51,7 +51,7 @@ class PrefixCache:
             return []
         node = self._root
         found: list[int] = []
-        for start in range(0, min(sequence.known_len - 1, sequence.value_len) - self._size + 1, self._size):
+        for start in range(0, sequence.known_len - self._size, self._size):
             child = node.children.get(sequence.ids(start, start + self._size))
             if child is None:
                 break

@@ -220,10 +220,10 @@ def test_blocks_that_somebody_owns_cost_a_newcomer_nothing() -> None:
 def test_blocks_that_nobody_owns_are_still_memory_that_a_newcomer_takes() -> None:
     scheduler = _reuser(blocks=8, max_num_tokens=64)
     scheduler.finish(_ran(scheduler, 0, 16, new=1))
-    _add(scheduler, 1, 20, new=1, request_ids=9)
-    _run(scheduler)
-    _add(scheduler, 2, 16, new=1)
-    assert _counts(_run(scheduler)) == {"r1": 1}, "four blocks hold its prompt, but only three are free"
+    _ran(scheduler, 1, 9, new=1, request_ids=9)
+    assert scheduler.pool.num_free == 5
+    _add(scheduler, 2, 24, new=1)
+    assert _counts(_run(scheduler)) == {"r1": 1}, "it needs six blocks; that four of them hold its prompt saves none"
 
 
 def test_a_preempted_request_takes_up_its_own_blocks_again() -> None:
@@ -249,6 +249,22 @@ def test_a_preempted_request_waits_for_its_token_in_flight() -> None:
     assert _counts(_run(scheduler)) == {"r0": 1}
     preempted.output_ids[0] = 7
     assert _counts(_run(scheduler)) == {"r0": 1, "r1": 5}
+
+
+def test_what_was_fed_in_place_of_the_last_token_is_not_taken_for_it() -> None:
+    scheduler = _reuser()
+    sequence = _ran(scheduler, 0, 7)
+    sequence.advance(1)  # a guess; the token drawn there was another one, and the last
+    scheduler.finish(sequence)
+    assert scheduler.pool.num_idle == 1
+
+
+def test_blocks_that_others_may_read_cannot_be_trimmed() -> None:
+    scheduler = _reuser()
+    sequence = _ran(scheduler, 0, 8)
+    sequence.cache_len = 4
+    with pytest.raises(AssertionError, match="blocks that others may read stay"):
+        scheduler.trim(sequence)
 
 
 def test_a_request_without_chunked_prefill_feeds_what_is_left_at_once() -> None:
