@@ -101,11 +101,10 @@ def _sample(
     row = logits + row_index.to(tl.int64) * stride_row
     peak = _peak(row, vocab_size, TILE)
     finite = (peak < float("inf")) & (peak > float("-inf"))
-    given = tl.load(temperatures + row_index)
-    temperature = given.to(tl.float32)
-    drawn = finite & (given > 0)
-    # Where all logits but the largest weigh nothing, or all weigh the same, it makes no difference; 0 * inf would.
-    rate = 1.0 / tl.where(drawn, tl.minimum(tl.maximum(temperature, 1e-30), 1e30), 1.0)
+    temperature = tl.load(temperatures + row_index)
+    drawn = finite & (temperature > 0)
+    # Where all but the largest weigh nothing, or all weigh the same, bounds make no difference; 0 * inf would.
+    rate = 1.0 / tl.minimum(tl.maximum(temperature.to(tl.float32), 1e-30), 1e30)
     top = _key(peak, SHIFT)
     # Kept are all tokens above the key `floor`, and the first `ties` of those at it; together they weigh `kept`.
     floor = top
