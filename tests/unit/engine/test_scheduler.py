@@ -222,8 +222,9 @@ def test_blocks_that_nobody_owns_are_still_memory_that_a_newcomer_takes() -> Non
     scheduler.finish(_ran(scheduler, 0, 16, new=1))
     _ran(scheduler, 1, 9, new=1, request_ids=9)
     assert scheduler.pool.num_free == 5
-    _add(scheduler, 2, 24, new=1)
+    third = _add(scheduler, 2, 24, new=1)
     assert _counts(_run(scheduler)) == {"r1": 1}, "it needs six blocks; that four of them hold its prompt saves none"
+    assert third.state is SequenceState.WAITING
 
 
 def test_a_preempted_request_takes_up_its_own_blocks_again() -> None:
