@@ -27,12 +27,18 @@ _GROUP_OVERHEAD_BLOCKS = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowInput:
-    """What a row feeds: `token_ids` continue `sequence` at its `num_tokens`. Its blocks are allocated already."""
+    """What a row feeds: `token_ids` continue `sequence` at its `num_tokens`. Its blocks are allocated already.
+
+    The last `drafts` of them are guesses: a token is drawn after each, and after the one before them. A row that is
+    `ahead` comes that many tokens after `num_tokens`, which other rows of the same step feed.
+    """
 
     sequence: Sequence
     token_ids: Seq[int]
     ends_piece: bool = True
     observed: bool = True
+    drafts: int = 0
+    ahead: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +116,8 @@ def lay_out(inputs: Seq[RowInput], order: Seq[int], make: Callable[..., R]) -> l
                 input_index=index,
                 start=start,
                 count=len(item.token_ids),
-                position=item.sequence.num_tokens,
-                cached=item.sequence.cache_len,
+                position=item.sequence.num_tokens + item.ahead,
+                cached=item.sequence.cache_len + item.ahead,
                 ends_piece=item.ends_piece,
                 observed=item.observed,
             )

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from trtkit.engine.batch import RowInput
@@ -15,9 +16,10 @@ from trtkit.engine.block_pool import BlockPool
 from trtkit.engine.paged_cache import PagedCache, block_bytes
 from trtkit.engine.runner import ModelRunner, ObserverFactory, Runner, RunnerFactory
 from trtkit.engine.sampler import NOT_A_NUMBER, fresh_seed
-from trtkit.engine.scheduler import Scheduler, Step
+from trtkit.engine.scheduler import Feed, Scheduler, Step
 from trtkit.engine.scoring import ScoringRun
 from trtkit.engine.sequence import PENDING, Sequence, SequenceState
+from trtkit.engine.speculation import Proposer, Speculator
 from trtkit.engine.step import Awaited, Draw, StepInput
 from trtkit.engine.weights import ModelWeights
 from trtkit.spec.admission import check_request
@@ -25,7 +27,8 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.engine import EngineInfo, FinishReason, KVStats, Request, ScoreRequest, ScoreResult, TokenEvent
 from trtkit.spec.errors import EngineError, TrtkitError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVPolicySpec
-from trtkit.spec.plan import Limits, check_block_reuse
+from trtkit.spec.plan import Limits, check_block_reuse, check_speculation
+from trtkit.spec.speculation import SpeculationSpec
 
 _IDLE_SLEEP_S = 0.0005
 
@@ -51,11 +54,17 @@ class EmbeddedEngine:
         kv_policy: KVPolicySpec | None = None,
         observer_factory: ObserverFactory | None = None,
         runner_factory: RunnerFactory | None = None,
+        speculation: SpeculationSpec | None = None,
+        proposer: Proposer | None = None,
         device: str = "cpu",
     ) -> None:
         """Reserve a pool of `num_blocks`; `limits` are taken as they are (see `open.effective_limits`).
 
-        Without a `runner_factory` the CPU engine's runner works, with `observer_factory`'s eviction.
+        Without a `runner_factory` the CPU engine's runner works, with `observer_factory`'s eviction. A `proposer`
+        guesses in place of the one `speculation` names.
+
+        Raises:
+            UsageError: speculation and eviction together.
         """
         model = weights.model
         self._limits = limits
@@ -71,6 +80,14 @@ class EmbeddedEngine:
             if observer is None and not self._policy.is_full:
                 raise UnsupportedError(f"KV policy {self._policy.label!r}: this engine was opened without eviction")
             self._runner = ModelRunner(weights, cache, limits.max_seq_len, observer)
+        self._speculation = speculation
+        self._speculator: Speculator | None = None
+        self._max_in_flight = self._runner.max_in_flight
+        if speculation is not None:
+            check_speculation(speculation, self._policy)
+            self._speculator = Speculator(speculation, self._scheduler, self._runner.most_rows, proposer)
+            # The next guess needs the tokens of this step, so they are awaited before it is launched.
+            self._max_in_flight = 0
         self._block_bytes = block_bytes(model, limits.tokens_per_block, kv_dtype)
         self._vocab_size = model.vocab_size
         self._eos_ids = frozenset(model.eos_ids)
@@ -93,6 +110,7 @@ class EmbeddedEngine:
             weight_bytes=weights.num_bytes,
             kv_pool_bytes=cache.num_bytes,
             kv_policy=self._policy,
+            speculation=self._speculation,
             eos_ids=model.eos_ids,
             pid=os.getpid(),
             notes=self._runner.notes,
@@ -125,7 +143,7 @@ class EmbeddedEngine:
                     flights.append(self._launch(step))
                 elif more and not flights:
                     time.sleep(_IDLE_SLEEP_S)
-                while len(flights) > (self._runner.max_in_flight if step.feeds else 0):
+                while len(flights) > (self._max_in_flight if step.feeds else 0):
                     yield from self._land(flights.popleft())
 
     def score(self, requests: Iterable[ScoreRequest]) -> Iterator[ScoreResult]:
@@ -144,7 +162,7 @@ class EmbeddedEngine:
 
     def kv_stats(self) -> KVStats:
         """The block pool at this moment."""
-        counters = self._runner.counters
+        counters, speculator = self._runner.counters, self._speculator
         return KVStats(
             tokens_per_block=self._limits.tokens_per_block,
             block_bytes=self._block_bytes,
@@ -161,6 +179,8 @@ class EmbeddedEngine:
             side_bytes=counters.side_bytes,
             prompt_tokens_reused=self._scheduler.prompt_tokens_reused,
             blocks_cached=self._pool.num_idle,
+            draft_tokens=0 if speculator is None else speculator.drafted,
+            accepted_tokens=0 if speculator is None else speculator.accepted,
         )
 
     def check(self) -> None:
@@ -214,6 +234,7 @@ class EmbeddedEngine:
         """Queue a request, or raise the line it is refused with."""
         if request.request_id in self._active:
             raise UsageError(f"request id {request.request_id!r} is in flight already; give each request its own")
+        check_speculation(self._speculation, request.kv or self._policy)
         new_tokens = check_request(request, self._vocab_size, self._limits.max_seq_len)
         sequence = Sequence(request=request, arrival=self._arrivals, max_new_tokens=new_tokens)
         self._arrivals += 1
@@ -237,20 +258,21 @@ class EmbeddedEngine:
         """Start the step. Who reaches its length with it leaves now: its blocks serve the next step already."""
         for sequence in step.preempted:
             self._runner.forget(sequence)
+        guesses = [()] * len(step.feeds) if self._speculator is None else self._speculator.guess(step)
         launched = self._runner.launch(
             StepInput(
-                rows=[
-                    RowInput(sequence=f.sequence, token_ids=f.sequence.token_slice(f.count), ends_piece=f.ends_piece)
-                    for f in step.feeds
-                ],
+                rows=[_row(feed, drafts) for feed, drafts in zip(step.feeds, guesses, strict=True)],
                 draws=[self._draw(feed.sequence) if feed.samples else None for feed in step.feeds],
                 new_blocks=step.new_blocks,
             )
         )
         self._scheduler.launched()
         awaited = []
-        for sequence in (feed.sequence for feed in step.feeds if feed.samples):
-            awaited.append(Awaited(sequence=sequence, index=len(sequence.output_ids)))
+        for feed, drafts in zip(step.feeds, guesses, strict=True):
+            if not feed.samples:
+                continue
+            sequence = feed.sequence
+            awaited.append(Awaited(sequence=sequence, index=len(sequence.output_ids), drafts=drafts))
             sequence.output_ids.append(PENDING)
             if len(sequence.output_ids) == sequence.max_new_tokens:
                 self._leave(sequence)
@@ -266,21 +288,37 @@ class EmbeddedEngine:
 
         A sequence that ended while its next token was in flight is no longer active: that token is dropped.
         """
-        tokens = self._runner.collect(flight.launched)
+        tokens = iter(self._runner.collect(flight.launched))
         now_ns = time.monotonic_ns()
-        events = [
-            self._append(awaited, token, now_ns)
-            for awaited, token in zip(flight.awaited, tokens, strict=True)
-            if self._active.get(awaited.sequence.request_id) is awaited.sequence
-        ]
+        events: list[TokenEvent] = []
+        for awaited in flight.awaited:
+            drawn = list(islice(tokens, 1 + len(awaited.drafts)))
+            if self._active.get(awaited.sequence.request_id) is awaited.sequence:
+                events += self._take(awaited, drawn, now_ns)
         events += [self._end(s, FinishReason.ERROR, line) for s, line in self._runner.failures]
         yield from events
 
-    def _append(self, awaited: Awaited, token: int, now_ns: int) -> TokenEvent:
-        sequence, index = awaited.sequence, awaited.index
+    def _take(self, awaited: Awaited, drawn: list[int], now_ns: int) -> list[TokenEvent]:
+        """The first token drawn, and what was drawn after each draft as long as the drafts were right."""
+        sequence, drafts = awaited.sequence, awaited.drafts
+        events: list[TokenEvent] = []
+        for place, token in enumerate(drawn):
+            events.append(self._append(sequence, awaited.index + place, token, now_ns))
+            if events[-1].finish is not None or drafts[place : place + 1] != (token,):
+                break
+        if drafts and self._speculator is not None:
+            self._speculator.settle(sequence, len(drafts), len(events) - 1)
+            wrong = sequence.num_tokens + 1 - sequence.known_len
+            if wrong and sequence.state is SequenceState.RUNNING:
+                self._runner.take_back(sequence, wrong)
+                sequence.take_back(wrong)
+                self._scheduler.trim(sequence)
+        return events
+
+    def _append(self, sequence: Sequence, index: int, token: int, now_ns: int) -> TokenEvent:
         if token == NOT_A_NUMBER:
             return self._end(sequence, FinishReason.ERROR, "the model's output is not a number; try a wider type")
-        sequence.output_ids[index] = token
+        sequence.output_ids[index : index + 1] = [token]
         request = sequence.request
         finish = None
         if token in request.stop_ids or (token in self._eos_ids and not request.ignore_eos):
@@ -306,6 +344,15 @@ class EmbeddedEngine:
         """Take a sequence out of the batch; tokens of it may still be in flight."""
         self._scheduler.finish(sequence)
         self._runner.forget(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence)
+
+
+def _row(feed: Feed, drafts: tuple[int, ...]) -> RowInput:
+    """What a feed and the guesses after it give the runner."""
+    known = feed.sequence.token_slice(feed.count)
+    ids = [*known, *drafts] if drafts else known
+    return RowInput(sequence=feed.sequence, token_ids=ids, ends_piece=feed.ends_piece, drafts=len(drafts))
 
 
 def _event(request_id: str, index: int, finish: FinishReason, error: str | None) -> TokenEvent:

@@ -15,14 +15,16 @@ from trtkit.engine.eviction import eviction_observer
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.paged_cache import block_bytes
 from trtkit.engine.runner import ObserverFactory, RunnerFactory
+from trtkit.engine.speculation import Proposer
 from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import CapacityError, MissingDependencyError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.model import ModelSpec
-from trtkit.spec.plan import BuildPlan, Limits
+from trtkit.spec.plan import BuildPlan, Limits, check_speculation
 from trtkit.spec.quant import QuantSpec, quant_for
+from trtkit.spec.speculation import SpeculationSpec, parse_speculation
 from trtkit.spec.units import format_gib
 
 AUTO = "auto"
@@ -39,15 +41,18 @@ class _Setup:
     kv_policy: KVPolicySpec
     device: str
     path: str = AUTO
+    speculation: SpeculationSpec | None = None
+    proposer: Proposer | None = None
     notes: tuple[str, ...] = ()
     observer_factory: ObserverFactory | None = None
     runner_factory: RunnerFactory | None = None
 
 
-def open_embedded(
+def open_embedded(  # noqa: PLR0913 - what replaces the plan's values, all by keyword
     bundle: EngineBundle,
     *,
     kv: KVPolicySpec | str | None = None,
+    speculation: SpeculationSpec | str | None = None,
     dtype: DType | str | None = None,
     kv_dtype: DType | str | None = None,
     device: str = AUTO,
@@ -59,6 +64,7 @@ def open_embedded(
     Args:
         bundle: the engine on disk; one of random weights has none, they are made here.
         kv: another KV policy.
+        speculation: another speculation; "off" for none.
         dtype: another compute type; the cache takes it too, unless it was built narrower.
         kv_dtype: another cache type.
         device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where the plan is for a GPU and one is here, else the CPU.
@@ -76,9 +82,11 @@ def open_embedded(
         limits=_changed(plan.limits, limits),
         kv_dtype=_cache_type(plan.quant, compute, DType.parse(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype),
         kv_policy=parse_kv_policy(kv) if isinstance(kv, str) else kv or plan.kv,
+        speculation=parse_speculation(speculation) if isinstance(speculation, str) else speculation or plan.speculation,
         device=chosen_device(device, plan.gpu),
         path=path,
     )
+    check_speculation(setup.speculation, setup.kv_policy)
     _check_device(setup.device)
     if setup.device != "cpu":
         from trtkit.engine.device.setup import checked_kernels
@@ -102,7 +110,8 @@ def _changed(limits: Limits, given: Mapping[str, int | None]) -> Limits:
     unknown = sorted(set(given) - set(allowed))
     if unknown:
         raise UsageError(
-            f"no limit is called {', '.join(unknown)}; there are {', '.join(allowed)}, kv, dtype, kv_dtype, device, path"
+            f"no limit is called {', '.join(unknown)}; there are {', '.join(allowed)}, kv, speculation, dtype, kv_dtype, "
+            "device, path"
         )
     return replace(limits, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
@@ -140,6 +149,8 @@ def open_tensors(  # noqa: PLR0913 - options of one opener, all but two by keywo
     device: str = "cpu",
     observer_factory: ObserverFactory | None = None,
     runner_factory: RunnerFactory | None = None,
+    speculation: SpeculationSpec | None = None,
+    proposer: Proposer | None = None,
 ) -> EmbeddedEngine:
     """Open an unsplit checkpoint held in memory, by its TensorRT-LLM tensor names. `kv_dtype` defaults to `dtype`."""
     _check_device(device)
@@ -150,6 +161,8 @@ def open_tensors(  # noqa: PLR0913 - options of one opener, all but two by keywo
         device=device,
         observer_factory=observer_factory,
         runner_factory=runner_factory,
+        speculation=speculation,
+        proposer=proposer,
     )
     return _assemble(weights_from_tensors(model, tensors, dtype=dtype, device=device), setup)
 
@@ -206,8 +219,9 @@ def _assemble(weights: ModelWeights, setup: _Setup) -> EmbeddedEngine:
         from trtkit.engine.device.setup import device_needs, runner_factory
 
         with _fitting(f"a step of {limits.max_num_tokens} tokens beside the weights"):
-            needs = device_needs(weights, limits, kv_dtype, policy, device)
-        factory, beside = runner_factory(policy, limits, device, needs, setup.notes), needs.total
+            needs = device_needs(weights, limits, kv_dtype, policy, device, setup.speculation)
+        factory = runner_factory(policy, limits, device, needs, setup.notes, setup.speculation)
+        beside = needs.total
     with _fitting("the engine's own buffers beside the KV pool"):
         return EmbeddedEngine(
             weights,
@@ -217,6 +231,8 @@ def _assemble(weights: ModelWeights, setup: _Setup) -> EmbeddedEngine:
             kv_policy=policy,
             observer_factory=setup.observer_factory or eviction_observer(policy, weights.model),
             runner_factory=factory,
+            speculation=setup.speculation,
+            proposer=setup.proposer,
             device=device,
         )
 

@@ -60,6 +60,14 @@ class PagedCache:
             for layer in self.layers:
                 _indexable(layer).index_fill_(0, index, 0)
 
+    def clear_slots(self, block_table: Sequence[int], first: int, end: int) -> None:
+        """Zero a sequence's slots from `first` up to `end`, which lie in a block or two."""
+        size = self.tokens_per_block
+        for place in range(first // size, -(-end // size)):
+            start = place * size
+            inside = slice(max(first - start, 0), min(end - start, size))
+            _indexable(self.storage)[:, block_table[place], :, :, inside] = 0
+
     def put(self, layer: int, index: Tensor, rows_RD: Tensor) -> None:
         """Store rows [R, D] at `index` into `rows(layer)`; an 8-bit cache saturates."""
         stored = self.rows(layer)

@@ -38,12 +38,13 @@ class Runner(Protocol):
     """What the engine's loop and scoring ask of a runner.
 
     `max_in_flight` steps may be launched and not yet collected while another one is launched; what is launched is
-    collected in that order, or dropped.
+    collected in that order, or dropped. A step with drafts has at most `most_rows` tokens, a prompt counted as one.
     """
 
     weights: ModelWeights
     cache: PagedCache
     max_in_flight: int
+    most_rows: int | None
 
     def admit(self, sequence: Sequence, default: KVPolicySpec) -> None:
         """See `ModelRunner.admit`."""
@@ -79,6 +80,9 @@ class Runner(Protocol):
     def collect(self, launched: Any) -> list[int]:  # noqa: ANN401 - what `launch` gave
         """Wait for a step; its tokens, in the order of the rows that draw."""
 
+    def take_back(self, sequence: Sequence, count: int) -> None:
+        """The newest `count` slots of a sequence held wrong guesses and are about to be given up."""
+
     def close(self) -> None:
         """Release weights and cache."""
 
@@ -94,6 +98,7 @@ class ModelRunner:
     """Feeds rows through the model. Sequences are advanced here, so that `cache_len` always tells what is cached."""
 
     max_in_flight = 0
+    most_rows: int | None = None
     memory: dict[str, int] = {}  # noqa: RUF012 - nothing is known, for ever
     notes: tuple[str, ...] = ()
 
@@ -139,7 +144,12 @@ class ModelRunner:
     def launch(self, step: StepInput) -> Ready:
         """Run a step to its end."""
         batch, hidden_TE = self.run(step.rows, step.new_blocks)
-        drawn = [(token, draw) for token, draw in zip(batch.last_tokens, step.draws, strict=True) if draw is not None]
+        drawn = [
+            (last - row.drafts + place, draw.later(place))
+            for row, last, draw in zip(step.rows, batch.last_tokens, step.draws, strict=True)
+            if draw is not None
+            for place in range(1 + row.drafts)
+        ]
         if not drawn:
             return Ready(tokens=[])
         logits_RV = self.logits(hidden_TE, [token for token, _ in drawn])
@@ -149,6 +159,11 @@ class ModelRunner:
     def collect(self, launched: Ready) -> list[int]:
         """The step's tokens, in the order of the rows that draw."""
         return launched.tokens
+
+    def take_back(self, sequence: Sequence, count: int) -> None:
+        """Zero slots that are given up: a masked slot is still multiplied by zero, which a NaN survives."""
+        first = sequence.cache_len - count
+        self.cache.clear_slots(sequence.block_table, first, sequence.cache_len)
 
     def close(self) -> None:
         """Release weights and cache."""

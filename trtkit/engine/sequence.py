@@ -143,6 +143,11 @@ class Sequence:
         self.num_tokens += count
         self.cache_len += count
 
+    def take_back(self, count: int) -> None:
+        """The newest `count` tokens that were fed were wrong guesses."""
+        self.num_tokens -= count
+        self.cache_len -= count
+
     def reset(self) -> None:
         """Forget what was computed (preemption); the output stays."""
         assert not self.block_table, "blocks must be freed first"

@@ -32,19 +32,19 @@ class LastTokens:
 
 
 class DecodeBuffers:
-    """Static memory of decode steps up to `max_batch_size` rows, shared by all bucket sizes."""
+    """Static memory of decode steps up to `most_rows` rows, shared by all bucket sizes."""
 
-    def __init__(self, parts: Parts, max_batch_size: int, table_columns: int, last: LastTokens) -> None:
+    def __init__(self, parts: Parts, most_rows: int, table_columns: int, last: LastTokens) -> None:
         """Reserve logits and tokens for the largest step."""
         weights, device = parts.weights, parts.cache.device
         vocab = weights.model.vocab_size
         self._parts, self._last, self._columns = parts, last, table_columns
-        words = DecodeLayout.words(max_batch_size, table_columns)
+        words = DecodeLayout.words(most_rows, table_columns)
         self._memory = torch.zeros(words, dtype=torch.int32, device=device)
         self._layouts: dict[int, DecodeLayout] = {}
-        self.logits_BV: Tensor = torch.zeros(max_batch_size, vocab, dtype=weights.dtype, device=device)
-        self.tokens_B: Tensor = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
-        scratch = workspace_size(max_batch_size, vocab)
+        self.logits_BV: Tensor = torch.zeros(most_rows, vocab, dtype=weights.dtype, device=device)
+        self.tokens_B: Tensor = torch.zeros(most_rows, dtype=torch.int32, device=device)
+        scratch = workspace_size(most_rows, vocab)
         self._scratch: Tensor = torch.zeros(scratch, dtype=torch.int64, device=device)
 
     def layout(self, size: int) -> DecodeLayout:

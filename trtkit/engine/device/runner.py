@@ -30,7 +30,8 @@ from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.rope import RopeTable
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
-from trtkit.engine.step import Draw, StepInput
+from trtkit.engine.speculation import decode_rows
+from trtkit.engine.step import Draw, StepInput, one_by_one
 from trtkit.engine.weights import Linear, ModelWeights
 from trtkit.kernels.dispatch import disabled, num_multiprocessors
 from trtkit.kernels.paged import DecodeWorkspace, decode_splits
@@ -63,17 +64,21 @@ class DeviceRunner:
         *,
         max_in_flight: int = 1,
         capture: Capture | None = None,
+        draft_tokens: int = 0,
         activation_bytes: int | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
         """Reserve static memory and capture the decode steps, if there is a `capture`.
 
+        With `draft_tokens` decode steps have room for that many guesses of each request, as far as 64 rows go.
         `activation_bytes`, the peak of the largest step, is passed on in `memory`, `notes` among `notes`.
         """
         device, model = cache.device, weights.model
         self.weights = plain_weights(weights)
         self.cache = cache
         self.max_in_flight = max_in_flight
+        rows = decode_rows(limits.max_batch_size, draft_tokens)
+        self.most_rows: int | None = rows
         self._observer = observer
         self._counters = EvictionCounters() if observer is None else observer.counters
         self._places: dict[Sequence, int] = {}
@@ -86,19 +91,19 @@ class DeviceRunner:
             weights=self.weights,
             rope=rope,
             cache=cache,
-            workspace=_workspace(weights, limits, device),
+            workspace=_workspace(weights, rows, device),
             rings=observer.rings if observer is not None and observer.ring_size else None,
             observer=observer,
         )
         columns = blocks_for(limits.max_seq_len, limits.tokens_per_block)
         self._last = LastTokens(limits.max_batch_size, device)
-        self._buffers = DecodeBuffers(self._parts, limits.max_batch_size, columns, self._last)
-        self._staging = Staging(device, limits.max_batch_size * (8 + columns) + 8 * limits.max_num_tokens)
-        self._answers = [pinned(limits.max_batch_size, device) for _ in range(max_in_flight + 2)]
+        self._buffers = DecodeBuffers(self._parts, rows, columns, self._last)
+        self._staging = Staging(device, rows * (8 + columns) + 8 * limits.max_num_tokens)
+        self._answers = [pinned(rows, device) for _ in range(max_in_flight + 2)]
         self._turn = 0
         self._given_notes = notes
         before = device_bytes(device)
-        self._graphs = self._captured(buckets(limits.max_batch_size), capture)
+        self._graphs = self._captured(buckets(rows), capture)
         self._memory = memory_split(before, device_bytes(device), self.weights, cache, activation_bytes)
 
     @torch.inference_mode()
@@ -155,6 +160,8 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, step: StepInput) -> InFlight:
         """Start a step. Its tokens are on their way before eviction works, which they do not depend on."""
+        if any(row.drafts for row in step.rows):
+            step = one_by_one(step)
         if all(len(row.token_ids) == 1 for row in step.rows):
             laid, tokens_R, wanted = self._launch_decode(step)
         else:
@@ -170,6 +177,9 @@ class DeviceRunner:
             self._observer.poll()
         tokens: list[int] = launched.tokens.tolist()
         return [tokens[index] for index in launched.wanted]
+
+    def take_back(self, sequence: Sequence, count: int) -> None:
+        """Nothing to do: kernels never read a slot that is not live."""
 
     @torch.inference_mode()
     def run(self, inputs: list[RowInput], new_blocks: list[int]) -> tuple[DeviceStep, Tensor]:
@@ -202,7 +212,7 @@ class DeviceRunner:
         """A step in static memory."""
         size = self._graphs.bucket(len(step.rows))
         facts = self._facts(step.rows)
-        places = [facts.place_of[row.sequence] for row in step.rows]
+        places = self._targets(step.rows, facts)
         layout = self._buffers.layout(size)
         laid = layout.send(step.rows, places, facts, self._staging)
         self._graphs.run(size)
@@ -227,7 +237,7 @@ class DeviceRunner:
             Layout({"rows": whole, "places": whole}),
             {
                 "rows": [last[index] for index in drawn],
-                "places": [facts.place_of[step.rows[index].sequence] for index in drawn],
+                "places": self._targets([step.rows[index] for index in drawn], facts),
             },
         )
         chosen = (residual_TE.index_select(0, sent["rows"]), delta_TE.index_select(0, sent["rows"]))
@@ -249,6 +259,11 @@ class DeviceRunner:
             row.sequence.advance(row.count)
         if self._observer is not None:
             self._observer.end_step(step.rows)
+
+    @staticmethod
+    def _targets(rows: Seq[RowInput], facts: RowFacts) -> list[int]:
+        """Where each row's token is kept; nowhere that is read if it comes after a guess."""
+        return [facts.dump if row.ahead else facts.place_of[row.sequence] for row in rows]
 
     def _facts(self, inputs: list[RowInput]) -> RowFacts:
         for item in inputs:
@@ -293,12 +308,10 @@ def plain_weights(weights: ModelWeights) -> ModelWeights:
     return replace(weights, layers=layers, lm_head=plain(weights.lm_head))
 
 
-def _workspace(weights: ModelWeights, limits: Limits, device: torch.device) -> DecodeWorkspace:
-    """Scratch for the decode attention of any batch size."""
+def _workspace(weights: ModelWeights, most_rows: int, device: torch.device) -> DecodeWorkspace:
+    """Scratch for the decode attention of any number of rows."""
     model, processors = weights.model, num_multiprocessors(device)
-    most = max(
-        rows * decode_splits(rows, model.num_kv_heads, processors) for rows in range(1, limits.max_batch_size + 1)
-    )
+    most = max(rows * decode_splits(rows, model.num_kv_heads, processors) for rows in range(1, most_rows + 1))
     return DecodeWorkspace.empty(most, model.num_heads, model.head_dim, 1, device)
 
 

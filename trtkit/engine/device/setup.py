@@ -16,6 +16,7 @@ from trtkit.engine.paged_cache import PagedCache, torch_dtype
 from trtkit.engine.runner import RunnerFactory
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
+from trtkit.engine.speculation import decode_rows
 from trtkit.engine.weights import ModelWeights
 from trtkit.kernels.tuning import forget_choices
 from trtkit.kv.ledger import BYTES_PER_SLOT
@@ -25,6 +26,7 @@ from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
 from trtkit.spec.quant import QuantSpec
+from trtkit.spec.speculation import SpeculationSpec
 
 _SAMPLING_BYTES = 48
 """Peak of drawing a token, per logit: sorted values and ids, probabilities and their sums in float64 (counted)."""
@@ -83,6 +85,7 @@ def runner_factory(
     device: str,
     needs: DeviceNeeds | None = None,
     notes: tuple[str, ...] = (),
+    speculation: SpeculationSpec | None = None,
 ) -> RunnerFactory:
     """Makes the runner of an engine on `device`, its decode steps captured where that is CUDA."""
 
@@ -93,6 +96,7 @@ def runner_factory(
             limits,
             DeviceEviction(policy, weights.model, scheduler),
             capture=None if device == "cpu" else CudaCapture(torch.device(device)),
+            draft_tokens=0 if speculation is None else speculation.max_draft_tokens,
             activation_bytes=None if needs is None else needs.activations,
             notes=notes,
         )
@@ -101,13 +105,19 @@ def runner_factory(
 
 
 def device_needs(
-    weights: ModelWeights, limits: Limits, kv_dtype: DType, policy: KVPolicySpec, device: str
+    weights: ModelWeights,
+    limits: Limits,
+    kv_dtype: DType,
+    policy: KVPolicySpec,
+    device: str,
+    speculation: SpeculationSpec | None = None,
 ) -> DeviceNeeds:
     """What an engine will hold beside weights and pool; runs its largest step on a cache of one block."""
+    rows = decode_rows(limits.max_batch_size, 0 if speculation is None else speculation.max_draft_tokens)
     return DeviceNeeds(
         activations=_activation_bytes(weights, limits, kv_dtype, device),
         eviction=eviction_bytes(weights, limits, policy),
-        sampling=limits.max_batch_size * weights.model.vocab_size * _SAMPLING_BYTES,
+        sampling=rows * weights.model.vocab_size * _SAMPLING_BYTES,
     )
 
 
