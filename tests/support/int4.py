@@ -8,27 +8,26 @@ import torch
 
 
 def packed(numbers: torch.Tensor, group: int) -> torch.Tensor:
-    """uint8 [out, in / 2] of numbers -8 to 7: bytes 2 i and 2 i + 1 of a group hold inputs i, i + a fourth, and so on."""
-    rows = []
+    """uint8 [out, in / 2] of numbers -8 to 7; bytes 2 i and 2 i + 1 of a group hold inputs i, i + g/4, i + g/2, i + 3 g/4."""
+    rows, fourth = [], group // 4
     for row in (numbers.long() + 8).tolist():
         line = []
         for start in range(0, len(row), group):
-            for i in range(start, start + group // 4):
-                first, second, third, last = row[i : i + group : group // 4][:4]
-                line += [first + 16 * second, third + 16 * last]
+            for i in range(start, start + fourth):
+                line += [row[i] + 16 * row[i + fourth], row[i + 2 * fourth] + 16 * row[i + 3 * fourth]]
         rows.append(line)
     return torch.tensor(rows, dtype=torch.uint8)
 
 
 def unpacked(weight: torch.Tensor, group: int) -> torch.Tensor:
     """The numbers again, int64 [out, in]."""
-    half, rows = group // 2, []
+    fourth, rows = group // 4, []
     for row in weight.tolist():
-        line: list[int] = []
-        for start in range(0, len(row), half):
-            even, odd = row[start : start + half : 2], row[start + 1 : start + half : 2]
-            for part in (even, odd):
-                line += [byte % 16 - 8 for byte in part] + [byte // 16 - 8 for byte in part]
+        line = [0] * (2 * len(row))
+        for place, byte in enumerate(row):
+            start, inside = divmod(place, group // 2)
+            first = start * group + inside // 2 + (inside % 2) * 2 * fourth
+            line[first], line[first + fourth] = byte % 16 - 8, byte // 16 - 8
         rows.append(line)
     return torch.tensor(rows)
 

@@ -147,7 +147,7 @@ def test_a_model_that_gptq_has_not_touched_is_refused_before_the_download(
 def test_an_int8_cache_is_not_calibrated_on_gptq_weights(
     fake: pytest.MonkeyPatch, tmp_path: Path, gptq: dict[str, Path], text: str
 ) -> None:
-    with pytest.raises(UnsupportedError, match="this model is GPTQ; use --kv-dtype fp8"):
+    with pytest.raises(UnsupportedError, match="this model is quantised; use --kv-dtype fp8"):
         build(tmp_path, gptq["rows"], precision="int8-gptq", kv_dtype="int8", calib_text=text)
 
 
@@ -162,15 +162,28 @@ def test_gptq_rows_are_taken_over_by_the_pytorch_backend_and_groups_are_not(
         build(tmp_path, gptq["groups"], precision="int8-gptq", target="pytorch")
 
 
-def test_the_embedded_engine_rounds_groups_again_and_the_manifest_says_so(
+def test_the_embedded_engine_takes_groups_and_rows_as_they_are_and_the_manifest_says_so(
     tmp_path: Path, gptq: dict[str, Path]
 ) -> None:
-    groups = build(tmp_path, gptq["groups"], precision="int8-gptq", target="embedded", name="g")
-    rows = build(tmp_path, gptq["rows"], precision="int8-gptq", target="embedded", name="r")
-    assert 0 < groups.manifest.verification["quantisation_drift"] < 0.05
-    assert "rounded again" in groups.manifest.versions["weights"]
-    assert rows.manifest.verification["quantisation_drift"] == 0.0
-    assert "as they are" in rows.manifest.versions["weights"]
+    for form in ("groups", "rows"):
+        manifest = build(tmp_path, gptq[form], precision="int8-gptq", target="embedded", name=form).manifest
+        assert manifest.verification["quantisation_drift"] == 0.0
+        assert manifest.verification["drift"] < MAX_DRIFT / 20
+        assert "as they are" in manifest.versions["weights"]
+    again = build(tmp_path, gptq["groups"], precision="int8", target="embedded", name="again").manifest
+    assert 0 < again.verification["quantisation_drift"] < 0.05
+    assert "rounded again" in again.versions["weights"]
+
+
+def test_what_is_calibrated_wants_weights_that_are_not_quantised_yet(
+    tmp_path: Path, gptq: dict[str, Path], text: str, fake: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        UnsupportedError, match=r"fp8 is calibrated on 16-bit weights, this model is INT8 GPTQ"
+    ) as caught:
+        build(tmp_path, gptq["rows"], precision="fp8", calib_text=text)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "pytorch"])

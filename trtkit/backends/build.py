@@ -37,16 +37,15 @@ from trtkit.spec.checkpoint import CONFIG_NAME
 from trtkit.spec.codec import canonical_json, digest
 from trtkit.spec.directory import LOCK_NAME, absolute, check_free, publish, working_directory
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import InputError, OutputError, UsageError
+from trtkit.spec.errors import InputError, OutputError, UnsupportedError, UsageError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.trtllm.capabilities import check_plan, kv_fidelity
-from trtkit.trtllm.gptq import read_gptq_config
-from trtkit.trtllm.gptq import taken_over as gptq_note
 from trtkit.trtllm.modelopt import modelopt_version
+from trtkit.trtllm.packed import Packing, read_packing, weights_note
 from trtkit.trtllm.policies import check_adapter
-from trtkit.trtllm.requirements import require_builder_device, require_packing, require_target
+from trtkit.trtllm.requirements import require_builder_device, require_guesses, require_packing, require_target
 from trtkit.version import __version__
 
 ENGINE_SUFFIX = ".engine"
@@ -136,6 +135,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     if plan.load_format == "dummy":
         return _build_dummy(BuildJob(plan=plan, source_dir=path, directory=path, fidelity=fidelity), path)
     source_dir = source if isinstance(source, Path) else source.fetch()
+    packing = _checked_packing(plan, source_dir)
     with working_directory(path) as partial:
         _keep_only_same_build(partial, plan, source_dir, calibration)
         job = BuildJob(
@@ -146,7 +146,9 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
             calib_text=calib_text,
             progress=progress,
         )
-        job.versions.update(calibration | _weights_note(plan, source_dir))
+        job.versions.update(calibration)
+        if packing is not None:
+            job.versions["weights"] = weights_note(packing, plan.quant, to_engine=plan.target == "tensorrt")
         builder(job)
         with job.phase("manifest"):
             files = {str(file.relative_to(partial)): file_entry(file) for file in bundle_files(partial)}
@@ -163,6 +165,8 @@ def _check_possible(plan: BuildPlan) -> None:
     if plan.target == "tensorrt":
         require_builder_device(plan)
         require_packing(plan)
+    if plan.target == "pytorch":
+        require_guesses(plan)
 
 
 def build_embedded(job: BuildJob) -> None:
@@ -187,14 +191,19 @@ def build_embedded(job: BuildJob) -> None:
         job.verification.update(verify(job.plan.model, job.plan.quant, job.source_dir, checkpoint))
 
 
-def _weights_note(plan: BuildPlan, source_dir: Path) -> dict[str, str]:
-    """How a GPTQ source's weights went into the engine; nothing to say of others."""
-    gptq = read_gptq_config(source_dir)
-    if gptq is None:
-        return {}
-    if plan.quant.precision == "int8-gptq" or (plan.quant.algo == "W8A16" and plan.target != "tensorrt"):
-        return {"weights": gptq_note(gptq, rows=plan.target != "tensorrt")}
-    return {"weights": f"INT8 GPTQ, multiplied out and then stored as {plan.quant.precision}"}
+def _checked_packing(plan: BuildPlan, source_dir: Path) -> Packing | None:
+    """How the source's weights are quantised already; None where they are not.
+
+    Raises:
+        UnsupportedError: the plan would quantise them with ModelOpt.
+    """
+    packing = read_packing(source_dir)
+    if packing is not None and plan.quant.algo in ALGOS:
+        raise UnsupportedError(
+            f"{plan.name}: precision {plan.quant.precision} is calibrated on 16-bit weights, this model is {packing.name}; give "
+            "--model the unquantised one"
+        )
+    return packing
 
 
 def _build_dummy(job: BuildJob, path: Path) -> EngineBundle:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from trtkit.backends.verify import judged, layers_to_run, taken_over
 from trtkit.spec.atomic import output_errors, write_text
 from trtkit.spec.directory import check_space
 from trtkit.spec.model import ModelSpec
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import GPTQ_INT8, QuantSpec
 from trtkit.spec.units import GIB
 from trtkit.trtllm.layout import is_linear, source_shapes
 from trtkit.trtllm.lower import llm_arguments
@@ -99,7 +100,8 @@ def verify_unified(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpo
             write_model(twin, stored, source, layers)
             plain, rounded = (reference(folder, layers, prompt, tokens) for folder in (source, twin))
         else:
-            roundings = (linear_rounding(taken_over(quant, source_dir)), rounding_to(quant.compute))
+            held = linear_rounding(replace(quant, algo=GPTQ_INT8) if taken_over(quant, source_dir) else quant)
+            roundings = (lambda _: held, rounding_to(quant.compute))
             plain, rounded = reference_and_rounded(source, layers, prompt, tokens, roundings)
     return extra | judged(ours, rounded, plain, layers, quant, checkpoint_dir)
 

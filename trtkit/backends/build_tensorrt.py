@@ -21,11 +21,11 @@ from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.quant import GPTQ_INT8
 from trtkit.trtllm.convert import convert
 from trtkit.trtllm.engine_build import ENGINE_DIR, LOG_NAME, run_trtllm_build, timing_cache
-from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.installed import installation
 from trtkit.trtllm.lower import llm_arguments
 from trtkit.trtllm.modelopt import cache_scales, read_windows, write_engine_checkpoint
 from trtkit.trtllm.pack import pack_checkpoint
+from trtkit.trtllm.packed import read_packing
 from trtkit.trtllm.stored import stored_quant, stored_tensors
 
 LLM_ARGUMENTS = "llm_args.json"
@@ -78,9 +78,9 @@ def _write_weights(job: BuildJob, output: Path) -> None:
         windows = read_windows(job.source_dir, job.calib_text)
     kv_scale = None
     if plan.quant.kv is DType.INT8:
-        if read_gptq_config(job.source_dir) is not None:
+        if read_packing(job.source_dir) is not None:
             raise UnsupportedError(
-                f"{plan.name}: an int8 KV cache is calibrated with transformers on 16-bit weights, this model is GPTQ; "
+                f"{plan.name}: an int8 KV cache is calibrated with transformers on 16-bit weights, this model is quantised; "
                 "use --kv-dtype fp8 or a 16-bit KV cache"
             )
         kv_scale = cache_scales(job.source_dir, windows)

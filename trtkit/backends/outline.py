@@ -134,6 +134,10 @@ def _dummy_outline(plan: BuildPlan, out_dir: Path, found: Sizes, fidelity: KVFid
     )
 
 
+def _groups(plan: BuildPlan) -> str:
+    return f" in groups of {plan.quant.group_size}" if plan.quant.group_size else ""
+
+
 def _commands(plan: BuildPlan, output: Path) -> tuple[str, ...]:
     if plan.target != "tensorrt":
         return ()
@@ -161,7 +165,8 @@ def render(outlined: Outline) -> str:
     lines = [
         f"{outlined.output}",
         f"  model      {plan.model.name} ({plan.model.num_params:,} parameters)",
-        f"  precision  {plan.quant.precision}: weights {plan.quant.weights.value}, compute {plan.quant.compute.value}, "
+        f"  precision  {plan.quant.precision}: weights {plan.quant.weights.value}{_groups(plan)}, compute "
+        f"{plan.quant.compute.value}, "
         f"KV {plan.quant.kv.value}",
         f"  target     {plan.target} on {plan.gpu}, tp {plan.parallel.tp}, pp {plan.parallel.pp}, KV policy {plan.kv.label}",
         f"  limits     {limits.max_batch_size} requests, {limits.max_num_tokens} tokens a step, "

@@ -16,15 +16,16 @@ from typing import Any
 from trtkit.backends.build import builder_of
 from trtkit.backends.model_source import ModelSource, download, resolve_model
 from trtkit.spec.catalog import gpu_spec
+from trtkit.spec.checkpoint import with_groups
 from trtkit.spec.codec import from_plain
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import InputError, UnsupportedError, UsageError
+from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import LOAD_FORMATS, TARGETS, BuildPlan, Limits, Parallelism
-from trtkit.spec.quant import GPTQ_INT8, QuantSpec, quant_for
+from trtkit.spec.quant import GPTQ_INT8, INT4_GROUPS, QuantSpec, quant_for
 from trtkit.spec.units import GIB, KIB, MIB
-from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.installed import installation
+from trtkit.trtllm.packed import read_packing, source_quant
 from trtkit.trtllm.requirements import choose_target
 
 if sys.version_info >= (3, 11):
@@ -138,8 +139,8 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     if not dry_run:
         builder_of(target)
     source = resolve_model(model, name=options.model_name, look_up=not dry_run and load_format != "dummy")
-    quant = _with_groups(_quant(options), source, look_up=not dry_run)
     parallel = Parallelism(tp=_or(options.tp, 1), pp=_or(options.pp, 1))
+    quant = _with_groups(_quant(options), source, parallel, target, look_up=not dry_run and load_format != "dummy")
     plan = BuildPlan(
         name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv)),
         model=source.model,
@@ -221,22 +222,23 @@ def _quant(options: BuildOptions) -> QuantSpec:
     return quant.with_kv(kv)
 
 
-def _with_groups(quant: QuantSpec, source: ModelSource, *, look_up: bool) -> QuantSpec:
-    """`quant` with the groups of a GPTQ checkpoint; 0 where its rows have one scale each.
+def _with_groups(
+    quant: QuantSpec, source: ModelSource, parallel: Parallelism, target: str, *, look_up: bool
+) -> QuantSpec:
+    """`quant` with the groups that the model's widths allow, and those of a checkpoint that is quantised already.
 
     Raises:
-        UnsupportedError: the model is not one that GPTQ quantised to 8 bits.
+        UnsupportedError: the model is not quantised as the precision wants, or has no groups of its.
     """
-    if quant.algo != GPTQ_INT8 or (source.directory is None and not look_up):
+    wants = quant.algo in (GPTQ_INT8, INT4_GROUPS)
+    if not wants:
         return quant
+    if source.directory is None and not look_up:
+        return with_groups(source.model, quant, parallel)
     directory = source.directory or download(source.hub_id, weights=False)
-    gptq = read_gptq_config(directory)
-    if gptq is None:
-        raise UnsupportedError(
-            f"{source.hub_id or directory}: precision {quant.precision} takes a model that GPTQ has quantised to 8 bits, this "
-            "one is not quantised; give --model such a checkpoint, or use --precision int8"
-        )
-    return dataclasses.replace(quant, group_size=gptq.group_size)
+    held = quant.embedded if target == "embedded" else quant
+    found = source_quant(held, source.model, read_packing(directory), parallel, str(source.hub_id or directory))
+    return dataclasses.replace(quant, group_size=found.group_size, zero_points=found.zero_points)
 
 
 def _limits(options: BuildOptions, max_position: int) -> Limits:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtkit.backends.multiplied_out import multiply_out, quantisation_of
 from trtkit.spec.directory import check_space
 from trtkit.spec.dtype import DType
 from trtkit.spec.quant import GPTQ_INT8, QuantSpec
@@ -79,7 +80,7 @@ def reference(source_dir: Path, layers: int, prompt: Sequence[int], tokens: Sequ
     """Log-probabilities [positions, tokens] by transformers in float32.
 
     Args:
-        source_dir: a Hugging Face directory, INT8 GPTQ included.
+        source_dir: a Hugging Face directory, quantised ones included.
         layers: how many of its first layers are run.
         prompt: token ids.
         tokens: the vocabulary entries asked for after each of `POSITIONS`.
@@ -89,11 +90,15 @@ def reference(source_dir: Path, layers: int, prompt: Sequence[int], tokens: Sequ
 
 
 def reference_and_rounded(
-    source_dir: Path, layers: int, prompt: Sequence[int], tokens: Sequence[int], roundings: tuple[Rounding, Rounding]
+    source_dir: Path,
+    layers: int,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    roundings: tuple[Callable[[str], Rounding], Rounding],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`reference`, and the same after rounding the weights, with one loading of the model.
 
-    `roundings` are for the matrices inside the blocks and for every other parameter.
+    `roundings` are for the matrices inside the blocks, by name, and for every other parameter.
     """
     import torch
 
@@ -102,7 +107,7 @@ def reference_and_rounded(
     plain, (linear, other) = _logprobs(model, prompt, tokens), roundings
     with torch.inference_mode():
         for name, parameter in model.named_parameters():
-            rounding = linear if ".layers." in name and name.endswith("_proj.weight") else other
+            rounding = linear(name) if ".layers." in name and name.endswith("_proj.weight") else other
             parameter.copy_(rounding(parameter))
     return plain, _logprobs(model, prompt, tokens)
 
@@ -119,21 +124,13 @@ def _logprobs(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> NDArr
 
 @contextmanager
 def plain_source(source_dir: Path, layers: int) -> Iterator[Path]:
-    """The directory, or, of a GPTQ checkpoint, one that holds its first layers multiplied out in float32.
-
-    Written from the format's definition: four numbers to an int32 along the inputs, the zero point stored less one.
-    """
-    config = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
-    if not config.get("quantization_config") and not (source_dir / "quantize_config.json").is_file():
+    """The directory, or, of a quantised one, one that holds its first layers multiplied out in float32."""
+    settings = quantisation_of(source_dir)
+    if settings is None:
         yield source_dir
         return
-    settings = config.pop("quantization_config", None) or json.loads((source_dir / "quantize_config.json").read_text())
-    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
     tensors = first_layers(source_dir, layers)
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        prefix = name.removesuffix("qweight")
-        parts = {suffix: tensors.pop(f"{prefix}{suffix}") for suffix in ("qweight", "qzeros", "scales", "g_idx")}
-        tensors[f"{prefix}weight"] = _multiplied_out(parts, less)
+    multiply_out(tensors, settings)
     with tempfile.TemporaryDirectory(prefix="trtkit-verify-") as folder:
         write_model(Path(folder), tensors, source_dir, layers)
         yield Path(folder)
@@ -167,17 +164,6 @@ def first_layers(source_dir: Path, layers: int) -> dict[str, Tensor]:
                 if match is None or int(match[1]) < layers:
                     tensors[name] = handle.get_tensor(name)
     return tensors
-
-
-def _multiplied_out(parts: Mapping[str, Tensor], less: int) -> Tensor:
-    """[out, in] in float32."""
-    import torch
-
-    shifts = torch.arange(0, 32, 8)
-    numbers = torch.stack([(parts["qweight"] >> shift) & 255 for shift in shifts], dim=1).flatten(0, 1)
-    zeros = torch.stack([(parts["qzeros"] >> shift) & 255 for shift in shifts], dim=2).flatten(1, 2) + less
-    group = parts["g_idx"].long()
-    return ((numbers - zeros[group]).float() * parts["scales"].float()[group]).T.contiguous()
 
 
 def _load(source_dir: Path, layers: int) -> Any:  # noqa: ANN401 - a transformers model

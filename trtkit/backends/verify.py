@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trtkit.backends.calibrated import ALGOS, Stored, check_steps
+from trtkit.backends.chosen_groups import chosen_groups
 from trtkit.backends.reference import (
     POSITIONS,
     PROMPT_TOKENS,
+    Rounding,
     first_layers,
     linear_rounding,
     plain_source,
@@ -39,13 +41,13 @@ from trtkit.spec.errors import InputError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
-from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, QuantSpec
+from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, INT4_GROUPS, INT8_ROWS, QuantSpec
 from trtkit.spec.units import GIB
-from trtkit.trtllm.gptq import read_gptq_config
 from trtkit.trtllm.layout import EMBED, is_linear
+from trtkit.trtllm.packed import read_packing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy as np
     from numpy.typing import NDArray
@@ -69,7 +71,7 @@ def verify(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpoint_dir:
     """
     layers = layers_to_run(model)
     prompt, tokens = probe_tokens(model.vocab_size)
-    stored = taken_over(read_checkpoint_config(checkpoint_dir)[1], source_dir)
+    stored = read_checkpoint_config(checkpoint_dir)[1]
     extra: dict[str, float] = {}
     with _runnable(checkpoint_dir, layers) as directory:
         ours = _embedded(directory, prompt, tokens)
@@ -78,7 +80,7 @@ def verify(model: ModelSpec, quant: QuantSpec, source_dir: Path, checkpoint_dir:
                 plain = reference(source, layers, prompt, tokens)
                 extra["worst_half_steps"], rounded = _held_to_source(checkpoint_dir, directory, source, quant, layers)
         else:
-            roundings = (linear_rounding(stored), rounding_to(stored.compute))
+            roundings = (_linear_roundings(stored, source_dir, checkpoint_dir, layers), rounding_to(stored.compute))
             plain, rounded = reference_and_rounded(source_dir, layers, prompt, tokens, roundings)
     return extra | judged(ours, rounded, plain, layers, quant, checkpoint_dir)
 
@@ -102,11 +104,27 @@ def _held_to_source(
         return worst, reference(Path(name), layers, *probe_tokens(stored[EMBED].shape[0]))
 
 
-def taken_over(stored: QuantSpec, source_dir: Path) -> QuantSpec:
-    """The scheme for `linear_rounding`: a GPTQ source with one scale a row goes into INT8 rows as it is, unrounded."""
-    gptq = read_gptq_config(source_dir)
-    as_it_is = gptq is not None and not gptq.group_size and stored.weights is DType.INT8
-    return replace(stored, algo=GPTQ_INT8) if as_it_is else stored
+def taken_over(stored: QuantSpec, source_dir: Path) -> bool:
+    """Whether the numbers of a source that is quantised already go into a checkpoint as they are.
+
+    They do where they have the width that is stored, unless their groups become rows.
+    """
+    packing = read_packing(source_dir)
+    if packing is None or packing.bits != stored.weights.bits or stored.weights is DType.FP8:
+        return False
+    return not packing.group_size or stored.is_grouped or stored.algo == GPTQ_INT8
+
+
+def _linear_roundings(
+    stored: QuantSpec, source_dir: Path, checkpoint_dir: Path, layers: int
+) -> Callable[[str], Rounding]:
+    """What storing does to each matrix, by its name."""
+    if taken_over(stored, source_dir):
+        return lambda _: lambda weight: weight
+    if stored.algo == INT4_GROUPS:
+        return chosen_groups(checkpoint_dir, layers)
+    rounding = linear_rounding(stored)
+    return lambda _: rounding
 
 
 def layers_to_run(model: ModelSpec) -> int:
@@ -194,7 +212,7 @@ def _runnable(checkpoint_dir: Path, layers: int) -> Iterator[Path]:
     scales multiplied in, pipeline stages joined.
     """
     model, quant, parallel = read_checkpoint_config(checkpoint_dir)
-    direct = parallel.pp == 1 and quant.algo in (None, "W8A16", FP8_ROWWISE) and quant.kv.bits >= 16
+    direct = parallel.pp == 1 and quant.algo in (None, INT8_ROWS, INT4_GROUPS, FP8_ROWWISE) and quant.kv.bits >= 16
     if direct and layers == model.num_layers:
         yield checkpoint_dir
         return

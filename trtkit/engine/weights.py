@@ -240,7 +240,7 @@ class _Builder:
     def _num_groups(self, name: str, columns: int) -> int:
         shape = self.source(f"{name}.{GROUP_SCALE}").shape
         groups = shape[1] if len(shape) == 2 else 0
-        if groups < 1 or columns % groups or columns // groups % 2:
+        if groups < 1 or columns % groups or columns // groups % 4:
             raise InputError(
                 f"{name}.{GROUP_SCALE}: has shape {tuple(shape)}, which makes no groups of {columns} inputs"
             )

@@ -107,8 +107,8 @@ def checkpoint_tensors(
     the compute type. With `quant.weights` 16 bits wide and `algo` W8A16 there is no scale: `trtllm-build` quantises.
     In groups (`QuantSpec.is_grouped`) it is `per_group_scale` [out, in / group] in the compute type and, where there are
     zero points, `per_group_zero` of the same shape and type: weight = (number - zero) * scale. INT4 is packed as uint8
-    [out, in / 2]: byte j of a group of g inputs holds input j in its low half and input j + g / 2 in its high half, each
-    plus 8.
+    [out, in / 2]: bytes 2 i and 2 i + 1 of a group of g inputs hold its inputs i, i + g / 4, i + g / 2 and i + 3 g / 4, the
+    first in the lowest bits, each plus 8 (the order in which `trtkit.kernels` multiplies).
     FP8 by rows stores `weight` as float8_e4m3fn [out, in] and `per_channel_scale` [out] in float32.
     With fewer KV heads than ranks, rank r holds KV head r * num_kv_heads // tp.
     """

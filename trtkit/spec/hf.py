@@ -20,6 +20,8 @@ from trtkit.spec.model import ModelSpec, RopeSpec
 
 CONFIG_NAME = "config.json"
 GENERATION_CONFIG_NAME = "generation_config.json"
+_CONVERTED = ("gptq", "awq", "compressed-tensors")
+"""Methods of quantisation that trtkit reads weights of."""
 _CHECKPOINT_DTYPES = (DType.FP32, DType.FP16, DType.BF16)
 
 
@@ -197,8 +199,8 @@ def _refuse_features(config: Mapping[str, Any]) -> None:
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
-        if method == "gptq" and quantization.get("bits") == 8:
-            return  # INT8 GPTQ is converted as it is; the converter looks at the rest of its settings.
+        if method in _CONVERTED:
+            return  # The converter looks at the rest of its settings.
         raise UnsupportedError(
             f"the checkpoint is already quantised ({str(method)[:40]}); give the 16-bit checkpoint, trtkit quantises it"
         )

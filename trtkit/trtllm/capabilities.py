@@ -14,14 +14,14 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.kv import KVFidelity
 from trtkit.spec.plan import BuildPlan
-from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, PRECISIONS
+from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, INT4_GROUPS, PRECISIONS
 
 ENGINE_RELEASES = ((1, 2),)
 """Releases whose engine backend trtkit drives; 1.3 removed it."""
 
 PYTORCH_SINCE = (1, 2)
 BUILDABLE: dict[str, tuple[str | None, ...]] = {
-    "embedded": (None, "W8A16", GPTQ_INT8, FP8_ROWWISE),
+    "embedded": (None, "W8A16", GPTQ_INT8, FP8_ROWWISE, INT4_GROUPS),
     "tensorrt": (None, "W8A16", GPTQ_INT8, FP8_ROWWISE, "FP8", "W4A16_AWQ", "W8A8_SQ_PER_CHANNEL"),
     "pytorch": (None, "W8A16", GPTQ_INT8, FP8_ROWWISE, "FP8", "W4A16_AWQ"),
 }
@@ -48,6 +48,11 @@ class Rule:
 
 def _eviction(plan: BuildPlan, _sm: int) -> bool:
     return not plan.kv.is_full
+
+
+def _no_paged_context(plan: BuildPlan) -> bool:
+    """Whether an engine's cache type switches paged context FMHA off, as the rules below say."""
+    return plan.quant.kv is DType.INT8 or (plan.quant.kv is DType.FP8 and plan.quant.algo != "FP8")
 
 
 RULES: tuple[Rule, ...] = (
@@ -94,6 +99,22 @@ RULES: tuple[Rule, ...] = (
         adjusts="use_paged_context_fmha",
     ),
     Rule(
+        name="reuse-without-paged-context",
+        target="tensorrt",
+        applies=lambda plan, _sm: plan.limits.enable_block_reuse and _no_paged_context(plan),
+        says="block reuse needs paged context FMHA, which this KV cache type switches off",
+        instead="--no-reuse-prefix, or a 16-bit KV cache",
+        source="TensorRT-LLM builder.py (0.21/1.0); tensorrtllm_backend issues 251 and 271",
+    ),
+    Rule(
+        name="guesses-in-stages",
+        target="pytorch",
+        applies=lambda plan, _sm: plan.speculation is not None and plan.parallel.pp > 1,
+        says="n-gram speculation does not run on pipeline stages",
+        instead="--tp instead of --pp, or --speculate off",
+        source="TensorRT-LLM py_executor.py (1.0 to 1.3): NotImplementedError; issue 9009; feature-combination-matrix.md",
+    ),
+    Rule(
         name="gptq-int8-pytorch",
         target="pytorch",
         applies=lambda plan, _sm: plan.quant.algo == GPTQ_INT8 and plan.quant.group_size > 0,
@@ -124,6 +145,14 @@ RULES: tuple[Rule, ...] = (
         says="the PyTorch backend has no INT8 KV cache",
         instead="a 16-bit KV cache",
         source="TensorRT-LLM llm_args.py: KvCacheConfig.dtype is auto or fp8",
+    ),
+    Rule(
+        name="int4-groups",
+        target="any",
+        applies=lambda plan, _sm: plan.quant.algo == INT4_GROUPS,
+        says="INT4 groups that are rounded to nearest are the embedded engine's own form",
+        instead="--precision int4-awq with --calib-text, which TensorRT-LLM reads, or --target embedded",
+        source="TensorRT-LLM quantize.py (1.1): its W4A16 has one scale a row, its groups are AWQ's and GPTQ's",
     ),
     Rule(
         name="scheme-pytorch",

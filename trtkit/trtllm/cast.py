@@ -31,6 +31,7 @@ _STORAGE: dict[DType, type[np.generic]] = {
     DType.FP16: np.float16,
     DType.BF16: np.uint16,
     DType.INT8: np.int8,
+    DType.INT4: np.uint8,
     DType.FP8: np.uint8,
 }
 _EXPONENT = {DType.FP32: 0x7F80_0000, DType.FP16: 0x7C00, DType.BF16: 0x7F80}

@@ -25,9 +25,10 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.plan import Parallelism
 from trtkit.spec.progress import Progress, no_progress
-from trtkit.spec.quant import GPTQ_INT8, QuantSpec
+from trtkit.spec.quant import GPTQ_INT8, INT4_GROUPS, QuantSpec
 from trtkit.trtllm.journal import Journal
 from trtkit.trtllm.layout import Slab, slabs
+from trtkit.trtllm.packed import source_quant
 from trtkit.trtllm.piece import LostWriteError, PieceWorker
 from trtkit.trtllm.safetensors_file import FileLayout, lay_out
 from trtkit.trtllm.source import SourceCheckpoint, open_source
@@ -42,12 +43,12 @@ from trtkit.trtllm.stored import (
 )
 from trtkit.trtllm.threads import in_parallel
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of a plan's digest: raise it when the same plan gives other bytes or pieces, so that no old piece is kept."""
 
 PIECE_BYTES = 1 << 20
 PACKED_PIECES = {"rows": 16, "groups": 64}
-"""GPTQ pieces are that many times larger, as their rows lie scattered in the source, and in an engine's groups also in the
+"""Pieces of packed sources are that many times larger, as their rows lie scattered in the source, and in an engine's groups also in the
 output, where every input takes a write of its own."""
 
 
@@ -138,7 +139,7 @@ def _pieces(source: SourceCheckpoint, parallel: Parallelism, form: str) -> Itera
 
 
 def _cut(source: SourceCheckpoint, slab: Slab, form: str) -> Iterator[Slab]:
-    """Pieces of at most `PIECE_BYTES` of source, always whole rows; more for GPTQ, whose rows lie scattered."""
+    """Pieces of at most `PIECE_BYTES` of source, always whole rows; more for packed sources, whose rows lie scattered."""
     tensor = source.tensors[slab.source]
     row_bytes = tensor.entry.num_bytes // tensor.entry.shape[0]
     step = max(1, PIECE_BYTES * (1 if tensor.packed is None else PACKED_PIECES[form]) // row_bytes)
@@ -164,23 +165,19 @@ def with_source_groups(stored: QuantSpec, source: SourceCheckpoint, parallel: Pa
     Raises:
         UnsupportedError: GPTQ asked for of a source that is not, or groups that an engine's kernel does not take.
     """
-    if source.gptq is None:
-        if stored.precision == "int8-gptq":
-            raise UnsupportedError(
-                f"{source.directory}: precision int8-gptq takes a model that GPTQ has quantised to 8 bits (quantize_config.json "
-                "or quantization_config); this one is not quantised: use --precision int8"
-            )
+    where = str(source.directory)
+    stored = source_quant(stored, source.model, source.packing, parallel, where)
+    if source.packing is None or stored.weights.bits != source.packing.bits:
         return stored
-    if stored.precision == "int8-gptq" and stored.compute is DType.BF16:
-        raise UnsupportedError(
-            f"{source.directory}: GPTQ's scales are float16 numbers, which bf16 would round; use --dtype fp16"
-        )
+    kept = stored.precision == "int8-gptq" or stored.algo == INT4_GROUPS
+    if kept and stored.compute is DType.BF16 and "F16" in source.scale_dtypes:
+        raise UnsupportedError(f"{where}: its scales are float16 numbers, which bf16 would round; use --dtype fp16")
     if stored.algo != GPTQ_INT8:
         return stored
-    group = source.gptq.group_size or GPTQ_GROUP
+    group = stored.group_size or GPTQ_GROUP
     if group not in GPTQ_GROUPS:
         raise UnsupportedError(
-            f"{source.directory}: GPTQ groups of {group}; TensorRT-LLM's kernel takes {' and '.join(map(str, GPTQ_GROUPS))} "
+            f"{where}: GPTQ groups of {group}; TensorRT-LLM's kernel takes {' and '.join(map(str, GPTQ_GROUPS))} "
             "(or one scale a row): use --precision int8, which rounds again"
         )
     stored = replace(stored, group_size=group)

@@ -12,17 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from trtkit.spec.atomic import output_errors
+from trtkit.spec.checkpoint import GROUP_SCALE, GROUP_ZERO, ROW_SCALE
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, OutputError
 from trtkit.trtllm.cast import Array, cast, check_finite, quantise_fp8_rows, quantise_rows, storage_dtype
-from trtkit.trtllm.gptq import GptqMatrix
+from trtkit.trtllm.groups import pack_groups, quantise_groups
 from trtkit.trtllm.layout import Slab
+from trtkit.trtllm.packed_matrix import PackedMatrix
 from trtkit.trtllm.safetensors_file import FileLayout
 from trtkit.trtllm.source import SourceCheckpoint, SourceTensor
 from trtkit.trtllm.stored import SCALING_FACTOR
-
-SCALE_SUFFIX = "per_channel_scale"
-
 
 FLUSH_BYTES = 256 << 20
 """Written data is handed to the disk this often, so that the flush at the end finds little left to do."""
@@ -116,6 +115,11 @@ class RankFile:
             position, view = position + written, view[written:]
 
 
+def _beside(name: str) -> str:
+    """What names of the tensors beside a weight begin with."""
+    return name.removesuffix("weight")
+
+
 def _bytes(data: Array) -> memoryview:
     return data.reshape(-1).view(np.uint8).data
 
@@ -128,7 +132,7 @@ class PieceWorker:
         source: SourceCheckpoint,
         ranks: Sequence[RankFile],
         descriptors: Mapping[Path, int],
-        scale_suffix: str = SCALE_SUFFIX,
+        scale_suffix: str = ROW_SCALE,
     ) -> None:
         """Use files that `opened` has opened; scales are named like their weight, with `scale_suffix` at the end."""
         self._source = source
@@ -145,7 +149,7 @@ class PieceWorker:
         paths: Sequence[Path],
         layouts: Sequence[FileLayout],
         *,
-        scale_suffix: str = SCALE_SUFFIX,
+        scale_suffix: str = ROW_SCALE,
     ) -> Iterator[PieceWorker]:
         """Open the source's files for reading and the existing rank files for writing."""
         with contextlib.ExitStack() as stack:
@@ -177,8 +181,11 @@ class PieceWorker:
         where = f"{tensor.path}: tensor {piece.source!r}"
         source = DType.parse(tensor.entry.dtype)
         stored = self._ranks[first.rank].dtype(first.name)
-        if tensor.packed is not None and stored is DType.INT8:
-            if f"{first.name.removesuffix('weight')}{SCALING_FACTOR}" in self._ranks[first.rank].layout.entries:
+        if f"{_beside(first.name)}{GROUP_SCALE}" in self._ranks[first.rank].layout.entries:
+            self._move_own_groups(piece, tensor, source, where)
+            return
+        if tensor.packed is not None and tensor.packed.config.bits == 8 and stored is DType.INT8:
+            if f"{_beside(first.name)}{SCALING_FACTOR}" in self._ranks[first.rank].layout.entries:
                 self._move_groups(piece, tensor.packed, where)
                 return
             if not tensor.packed.config.group_size:
@@ -199,12 +206,39 @@ class PieceWorker:
         for target in piece.targets:
             self._ranks[target.rank].write(target.name, target.row, values[:, target.col : target.col + target.cols])
 
-    def _move_groups(self, piece: Slab, packed: GptqMatrix, where: str) -> None:
+    def _move_own_groups(self, piece: Slab, tensor: SourceTensor, source: DType, where: str) -> None:
+        """Into the embedded engine's form: a packed source's numbers as they are where they have that width, else rounded."""
+        first = self._ranks[piece.targets[0].rank].layout
+        name, scale_name = piece.targets[0].name, f"{_beside(piece.targets[0].name)}{GROUP_SCALE}"
+        stored, compute = DType.parse(first.entries[name].dtype), DType.parse(first.entries[scale_name].dtype)
+        size = piece.targets[0].cols // first.entries[scale_name].shape[1]
+        rows, beside = slice(piece.row, piece.row + piece.rows), {}
+        if tensor.packed is not None and tensor.packed.config.bits == stored.bits:
+            numbers = tensor.packed.numbers(piece.row, piece.rows)
+            group = np.arange(0, piece.cols, size) // tensor.packed.group_size
+            for suffix, values in ((GROUP_SCALE, tensor.packed.scales), (GROUP_ZERO, tensor.packed.zeros)):
+                if values is not None:
+                    wide = np.ascontiguousarray(values[:, rows].T[:, group])
+                    beside[suffix] = cast(wide, DType.FP32, compute, f"{where}: scale", piece.row)
+        else:
+            values = self._read(tensor, piece, source)
+            numbers, beside[GROUP_SCALE] = quantise_groups(values, source, size, compute, where, piece.row)
+        self._write_groups(piece, pack_groups(numbers, size) if stored is DType.INT4 else numbers, beside)
+
+    def _write_groups(self, piece: Slab, numbers: Array, beside: Mapping[str, Array]) -> None:
+        """Every rank's columns of a matrix and of what lies beside it, which have fewer columns each."""
+        for target in piece.targets:
+            rank, prefix = self._ranks[target.rank], _beside(target.name)
+            for name, values in ((target.name, numbers), *((f"{prefix}{s}", v) for s, v in beside.items())):
+                width = piece.cols // values.shape[1]
+                rank.write(name, target.row, values[:, target.col // width : (target.col + target.cols) // width])
+
+    def _move_groups(self, piece: Slab, packed: PackedMatrix, where: str) -> None:
         """GPTQ's numbers and scales as they are, transposed: a source's rows are an engine's columns."""
         numbers = packed.transposed(piece.row, piece.rows)
         scales = packed.scales[:, piece.row : piece.row + piece.rows]
         for target in piece.targets:
-            rank, name = self._ranks[target.rank], f"{target.name.removesuffix('weight')}{SCALING_FACTOR}"
+            rank, name = self._ranks[target.rank], f"{_beside(target.name)}{SCALING_FACTOR}"
             inputs = slice(target.col, target.col + target.cols)
             rank.write_columns(target.name, target.row, numbers[inputs])
             size = target.cols // rank.layout.entries[name].shape[0]
@@ -216,7 +250,7 @@ class PieceWorker:
         """Columns of a row share its scale, so ranks that split columns all get it."""
         for target in piece.targets:
             rank = self._ranks[target.rank]
-            name = f"{target.name.removesuffix('weight')}{self._scale_suffix}"
+            name = f"{_beside(target.name)}{self._scale_suffix}"
             stored = cast(scales[:, None], DType.FP32, rank.dtype(name), f"{where}: scale", piece.row)
             rank.write(name, target.row, stored)
 

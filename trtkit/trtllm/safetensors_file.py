@@ -103,7 +103,7 @@ def lay_out(tensors: Iterable[CheckpointTensor]) -> FileLayout:
         end = position + tensor.num_bytes
         header[tensor.name] = {
             "dtype": tensor.dtype.safetensors_name,
-            "shape": list(tensor.shape),
+            "shape": list(tensor.stored_shape),
             "data_offsets": [position, end],
         }
         position = end
@@ -114,7 +114,7 @@ def lay_out(tensors: Iterable[CheckpointTensor]) -> FileLayout:
         tensor.name: TensorEntry(
             name=tensor.name,
             dtype=tensor.dtype.safetensors_name,
-            shape=tensor.shape,
+            shape=tensor.stored_shape,
             offset=base + header[tensor.name]["data_offsets"][0],
             num_bytes=tensor.num_bytes,
         )

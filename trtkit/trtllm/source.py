@@ -1,6 +1,7 @@
 """A Hugging Face model directory: its config and where each of its tensors lies, single file or sharded.
 
-INT8 GPTQ checkpoints are read too: each matrix then stands for four tensors (`trtkit.trtllm.gptq`).
+GPTQ, AWQ and compressed-tensors checkpoints are read too: each matrix then stands for a few tensors
+(`trtkit.trtllm.packed_matrix`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from pathlib import Path
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.hf import load_model_spec
 from trtkit.spec.model import ModelSpec
-from trtkit.trtllm.gptq import SUFFIXES, GptqConfig, GptqMatrix, gptq_matrix, read_gptq_config
 from trtkit.trtllm.layout import is_linear, source_shapes
+from trtkit.trtllm.packed import Packing, read_packing
+from trtkit.trtllm.packed_matrix import PackedMatrix, packed_matrix
 from trtkit.trtllm.safetensors_file import TensorEntry, read_header
 
 SINGLE_NAME = "model.safetensors"
@@ -29,12 +31,12 @@ _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".rotary_emb.original_inv_freq")
 class SourceTensor:
     """One tensor of the source and the file it is in.
 
-    Of a GPTQ matrix `packed` has the numbers; `entry` then describes the float32 matrix it stands for.
+    Of a quantised matrix `packed` has the numbers; `entry` then describes the float32 matrix it stands for.
     """
 
     path: Path
     entry: TensorEntry
-    packed: GptqMatrix | None = None
+    packed: PackedMatrix | None = None
 
     @property
     def paths(self) -> frozenset[Path]:
@@ -54,12 +56,18 @@ class SourceCheckpoint:
     directory: Path
     model: ModelSpec
     tensors: Mapping[str, SourceTensor]
-    gptq: GptqConfig | None = None
+    packing: Packing | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @property
+    def scale_dtypes(self) -> frozenset[str]:
+        """Types of a quantised source's scales, in safetensors' spelling."""
+        packed = [tensor.packed for tensor in self.tensors.values() if tensor.packed is not None]
+        return frozenset(entry.dtype for m in packed for suffix, (_, entry) in m.parts.items() if "scale" in suffix)
 
     @property
     def fingerprint(self) -> list[tuple[str, int, int]]:
@@ -74,7 +82,7 @@ def open_source(directory: Path, *, name: str | None = None) -> SourceCheckpoint
     Raises:
         InputError: a file, shard or tensor is missing, surplus, truncated or of the wrong shape.
         UnsupportedError: the architecture, or weights in a form that is neither safetensors of 16 or 32 bits nor
-            symmetric INT8 GPTQ.
+            quantised as `trtkit.trtllm.packed` knows.
     """
     model = load_model_spec(directory)
     model = replace(model, name=name or model.name)
@@ -84,26 +92,27 @@ def open_source(directory: Path, *, name: str | None = None) -> SourceCheckpoint
             if key in found:
                 raise InputError(f"{path}: tensor {key!r} is already in {found[key].path.name}")
             found[key] = SourceTensor(path=path, entry=entry)
-    gptq = read_gptq_config(directory)
-    if gptq is not None:
-        found = _unpacked(directory, model, found, gptq)
-    return SourceCheckpoint(directory=directory, model=model, tensors=_checked(directory, model, found), gptq=gptq)
+    packing = read_packing(directory)
+    if packing is not None:
+        found = _unpacked(directory, model, found, packing)
+    tensors = _checked(directory, model, found)
+    return SourceCheckpoint(directory=directory, model=model, tensors=tensors, packing=packing)
 
 
 def _unpacked(
-    directory: Path, model: ModelSpec, found: Mapping[str, SourceTensor], config: GptqConfig
+    directory: Path, model: ModelSpec, found: Mapping[str, SourceTensor], config: Packing
 ) -> dict[str, SourceTensor]:
-    """The tensors by the names of an unquantised model: a GPTQ matrix for each weight inside the blocks."""
+    """The tensors by the names of an unquantised model: a packed matrix for each weight inside the blocks."""
     parts = {name: (tensor.path, tensor.entry) for name, tensor in found.items()}
     result = dict(found)
     for name, shape in source_shapes(model).items():
         if not is_linear(name):
             continue
-        matrix = gptq_matrix(name, shape, parts, config, directory)
-        for suffix in SUFFIXES:
-            del result[f"{name.removesuffix('weight')}{suffix}"]
+        matrix = packed_matrix(name, shape, parts, config, directory)
+        for _, part in matrix.parts.values():
+            del result[part.name]
         entry = TensorEntry(name=name, dtype="F32", shape=shape, offset=0, num_bytes=4 * prod(shape))
-        result[name] = SourceTensor(path=matrix.parts["qweight"][0], entry=entry, packed=matrix)
+        result[name] = SourceTensor(path=next(iter(matrix.parts.values()))[0], entry=entry, packed=matrix)
     return result
 
 

@@ -15,10 +15,10 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError, UsageError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
-from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, QuantSpec
+from trtkit.spec.quant import FP8_ROWWISE, GPTQ_INT8, INT4_GROUPS, INT8_ROWS, QuantSpec
 
 TARGETS = ("embedded", "tensorrt")
-STREAMED = (None, "W8A16", FP8_ROWWISE, GPTQ_INT8)
+STREAMED = (None, INT8_ROWS, FP8_ROWWISE, GPTQ_INT8, INT4_GROUPS)
 """Schemes that need no calibration, so that the converter writes them piece by piece."""
 
 SCALING_FACTOR = "weights_scaling_factor"
@@ -37,7 +37,7 @@ def stored_quant(quant: QuantSpec, target: str) -> QuantSpec:
 
     TensorRT-LLM quantises INT8 weight-only itself while it builds, into a layout of its own, so its checkpoint keeps
     the compute type; the embedded engine reads INT8 rows and scales. GPTQ's groups go into an engine as they are, and
-    become rows for the embedded engine.
+    into the embedded engine in its own form, which alone has INT4 in groups.
 
     Raises:
         UnsupportedError: the scheme needs calibration, or the target loads another format.
@@ -52,15 +52,19 @@ def stored_quant(quant: QuantSpec, target: str) -> QuantSpec:
     if quant.algo not in STREAMED:
         raise UnsupportedError(
             f"precision {quant.precision!r} needs calibration data, which convert does not use; "
-            "convert writes fp32, fp16, bf16, int8 (weight-only), int8-gptq and fp8-rowwise"
+            "convert writes fp32, fp16, bf16, int8 (weight-only), int8-gptq, int4 and fp8-rowwise"
         )
     if target == "embedded" and quant.kv is DType.INT8:
         raise UnsupportedError("the embedded engine has no int8 KV cache; use a 16-bit one or fp8")
     if target == "embedded":
-        return replace(quant, algo="W8A16", group_size=0) if quant.algo == GPTQ_INT8 else quant
+        return quant.embedded
+    if quant.algo == INT4_GROUPS:
+        raise UnsupportedError(
+            f"precision {quant.precision!r} is the embedded engine's; for TensorRT-LLM use --precision int4-awq"
+        )
     if quant.algo == GPTQ_INT8:
         return replace(quant, group_size=quant.group_size or GPTQ_GROUP)
-    return replace(quant, weights=quant.compute) if quant.algo == "W8A16" else quant
+    return replace(quant, weights=quant.compute) if quant.algo == INT8_ROWS else quant
 
 
 def stored_tensors(

@@ -84,13 +84,13 @@ def check_one_scale(source: SourceCheckpoint) -> None:
     Raises:
         UnsupportedError: groups, or a source that is not GPTQ.
     """
-    if source.gptq is None:
+    if source.packing is None:
         raise UnsupportedError(
             f"{source.directory}: precision int8-gptq takes a model that GPTQ quantised; use --precision int8"
         )
-    if source.gptq.group_size:
+    if source.packing.group_size:
         raise UnsupportedError(
-            f"{source.directory}: GPTQ groups of {source.gptq.group_size}, and TensorRT-LLM's PyTorch backend has one INT8 "
+            f"{source.directory}: GPTQ groups of {source.packing.group_size}, and TensorRT-LLM's PyTorch backend has one INT8 "
             "scale a row; use --target tensorrt, or --precision int8, which rounds again"
         )
 

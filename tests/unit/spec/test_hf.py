@@ -219,7 +219,7 @@ def test_the_model_type_stands_in_for_a_missing_architecture() -> None:
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"already quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"already quantised \(bitsandbytes\)"),
         ({"quantization_config": {"quant_method": "fp8"}}, r"already quantised \(fp8\)"),
     ],
 )

@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from support.gptq import write_gptq
 from support.tiny_checkpoints import shard, write_model
 
+from trtkit.engine.weights import load_weights
+from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.plan import Parallelism
 from trtkit.spec.quant import quant_for
 from trtkit.trtllm import convert as convert_module
 from trtkit.trtllm.convert import convert
-from trtkit.trtllm.gptq import read_gptq_config
+from trtkit.trtllm.packed import read_packing
 from trtkit.trtllm.source import open_source
 from trtkit.trtllm.unified import write_unified
 
@@ -55,7 +57,7 @@ def test_sharded_checkpoints_with_their_settings_in_a_file_of_its_own_are_read(t
     (source / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
     (source / "config.json").write_text(json.dumps(config))
     opened = open_source(source)
-    assert opened.gptq is not None
+    assert opened.packing is not None
     name = "model.layers.1.mlp.down_proj.weight"
     packed = opened.tensors[name].packed
     assert packed is not None
@@ -97,20 +99,26 @@ def test_one_scale_a_row_is_repeated_for_every_group_of_an_engine(tmp_path: Path
     assert torch.equal(weight.T, matrices["model.layers.0.mlp.down_proj.weight"])
 
 
-def test_rows_keep_their_numbers_and_groups_are_at_most_half_a_step_off(tmp_path: Path) -> None:
-    for group_size, name in ((-1, "rows"), (128, "groups")):
-        source, _, matrices = checkpoint(tmp_path / name, group_size)
-        convert(source, tmp_path / name / "out", quant=GPTQ)
-        rank = load_file(tmp_path / name / "out" / "rank0.safetensors")
-        weight, scale = (rank[f"transformer.layers.0.mlp.proj.{s}"] for s in ("weight", "per_channel_scale"))
-        expected = matrices["model.layers.0.mlp.down_proj.weight"]
-        error = (weight.float() * scale.float()[:, None] - expected).abs()
-        if name == "rows":
-            assert not error.any()
-        else:
-            assert 0 < (error / scale.float()[:, None]).max() <= 0.5 + 127 * 2**-11, (
-                "the scale itself is rounded to fp16"
-            )
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+def test_the_embedded_engine_gets_rows_and_groups_as_they_are(tmp_path: Path, group_size: int, tp: int) -> None:
+    source, _, matrices = checkpoint(tmp_path, group_size)
+    result = convert(source, tmp_path / "out", quant=GPTQ, parallel=Parallelism(tp=tp))
+    assert (result.quant.algo, result.quant.group_size) == ("W8A16", max(group_size, 0))
+    weights, _ = load_weights(tmp_path / "out", dtype=DType.FP32)
+    for matrix, name in ((weights.layers[0].down, "mlp.down_proj"), (weights.layers[0].dense, "self_attn.o_proj")):
+        assert matrix.scale is not None
+        scale = matrix.scale[:, None] if group_size == -1 else matrix.scale.repeat_interleave(group_size, dim=1)
+        assert torch.equal(matrix.weight.float() * scale, matrices[f"model.layers.0.{name}.weight"])
+
+
+def test_int8_of_grouped_gptq_is_rounded_again_to_rows(tmp_path: Path) -> None:
+    source, _, matrices = checkpoint(tmp_path, 128)
+    convert(source, tmp_path / "out", quant=quant_for("int8"))
+    rank = load_file(tmp_path / "out" / "rank0.safetensors")
+    weight, scale = (rank[f"transformer.layers.0.mlp.proj.{s}"] for s in ("weight", "per_channel_scale"))
+    error = (weight.float() * scale.float()[:, None] - matrices["model.layers.0.mlp.down_proj.weight"]).abs()
+    assert 0 < (error / scale.float()[:, None]).max() <= 0.5 + 127 * 2**-11, "the scale itself is rounded to fp16"
 
 
 def test_a_killed_conversion_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +160,10 @@ def test_the_pytorch_backend_gets_rows_as_plain_int8_and_groups_are_refused(tmp_
     [
         ({"desc_act": True}, UnsupportedError, "desc_act is True"),
         ({"sym": False}, UnsupportedError, "sym is False"),
-        ({"bits": 4}, UnsupportedError, "already quantised"),
-        ({"quant_method": "awq"}, UnsupportedError, "already quantised"),
+        ({"bits": 3}, UnsupportedError, "bits is 3; trtkit converts GPTQ with 4 or 8 bits"),
+        ({"quant_method": "awq"}, UnsupportedError, "bits is 8; trtkit converts AWQ with 4 bits"),
+        ({"quant_method": "bitsandbytes"}, UnsupportedError, "already quantised"),
+        ({"checkpoint_format": "marlin"}, UnsupportedError, "checkpoint_format is 'marlin'"),
         ({"group_size": "many"}, InputError, "group_size is 'many'"),
     ],
 )
@@ -225,7 +235,7 @@ def test_a_scale_that_is_no_number_is_an_error(tmp_path: Path) -> None:
 
 def test_a_plain_model_is_not_taken_for_gptq(tmp_path: Path) -> None:
     write_model(tmp_path / "plain", **SIZES)
-    assert read_gptq_config(tmp_path / "plain") is None
+    assert read_packing(tmp_path / "plain") is None
     with pytest.raises(UnsupportedError, match=r"not quantised: use --precision int8"):
         convert(tmp_path / "plain", tmp_path / "out", quant=GPTQ)
 
