@@ -13,8 +13,10 @@ from trtkit.engine.eviction import prefill_piece
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_tensors
 from trtkit.engine.runner import RunnerFactory
+from trtkit.engine.speculation import Proposer
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
+from trtkit.spec.speculation import SpeculationSpec
 
 
 def device_runner(
@@ -24,6 +26,7 @@ def device_runner(
     late: int = 1,
     capture: Capture | None = None,
     ring_queries: int | None = None,
+    draft_tokens: int = 0,
 ) -> RunnerFactory:
     """Makes a device runner whose prompts are cut as the CPU engine cuts them."""
 
@@ -31,7 +34,15 @@ def device_runner(
         eviction = DeviceEviction(
             policy or KVPolicySpec(), model, scheduler, piece=prefill_piece, ring_queries=ring_queries
         )
-        return DeviceRunner(weights, cache, scheduler.limits, eviction, max_in_flight=late, capture=capture)
+        return DeviceRunner(
+            weights,
+            cache,
+            scheduler.limits,
+            eviction,
+            max_in_flight=late,
+            capture=capture,
+            draft_tokens=draft_tokens,
+        )
 
     return build
 
@@ -44,14 +55,25 @@ def open_device(
     late: int = 1,
     capture: Capture | None = None,
     ring_queries: int | None = None,
+    speculation: SpeculationSpec | None = None,
+    proposer: Proposer | None = None,
     **overrides: Any,
 ) -> EmbeddedEngine:
     """The device path on a transformers model's weights, with `blocks` KV blocks."""
     spec = spec_of(hf)
     size = overrides.get("tokens_per_block", 4)
     chosen = limits(**{"kv_memory_bytes": kv_bytes(spec, blocks, size), **overrides})
-    factory = device_runner(spec, policy, late=late, capture=capture, ring_queries=ring_queries)
-    return open_tensors(spec, trtllm_tensors(hf), limits=chosen, kv_policy=policy, runner_factory=factory)
+    drafts = 0 if speculation is None else speculation.max_draft_tokens
+    factory = device_runner(spec, policy, late=late, capture=capture, ring_queries=ring_queries, draft_tokens=drafts)
+    return open_tensors(
+        spec,
+        trtllm_tensors(hf),
+        limits=chosen,
+        kv_policy=policy,
+        runner_factory=factory,
+        speculation=speculation,
+        proposer=proposer,
+    )
 
 
 class Replays:

@@ -9,11 +9,13 @@ import torch
 
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_tensors
+from trtkit.engine.speculation import Proposer
 from trtkit.spec.checkpoint import FINAL_NORM, LM_HEAD, VOCAB_EMBEDDING, layer_prefix
 from trtkit.spec.dtype import DType
 from trtkit.spec.hf import model_spec_from_hf
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
+from trtkit.spec.speculation import SpeculationSpec
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,
@@ -124,12 +126,19 @@ def kv_bytes(spec: ModelSpec, blocks: int, tokens_per_block: int = 4) -> int:
     return spec.kv_bytes_per_token(DType.FP32) * tokens_per_block * blocks
 
 
-def open_hf(hf: Any, *, blocks: int = 256, **overrides: Any) -> EmbeddedEngine:
+def open_hf(
+    hf: Any,
+    *,
+    blocks: int = 256,
+    speculation: SpeculationSpec | None = None,
+    proposer: Proposer | None = None,
+    **overrides: Any,
+) -> EmbeddedEngine:
     """Our engine on a transformers model's weights, with `blocks` KV blocks."""
     spec = spec_of(hf)
     size = overrides.get("tokens_per_block", 4)
     chosen = limits(**{"kv_memory_bytes": kv_bytes(spec, blocks, size), **overrides})
-    return open_tensors(spec, trtllm_tensors(hf), limits=chosen)
+    return open_tensors(spec, trtllm_tensors(hf), limits=chosen, speculation=speculation, proposer=proposer)
 
 
 def hf_greedy(hf: Any, prompt: tuple[int, ...], count: int) -> list[int]:
