@@ -32,7 +32,8 @@ for _folder in (ROOT / "plugins" / "h2o", ROOT):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from trtkit.benchmark.environment import fingerprint  # noqa: E402 - the path comes first
+from bench.gpu.sources import began_s  # noqa: E402 - the path comes first
+from trtkit.benchmark.environment import fingerprint  # noqa: E402
 from trtkit.benchmark.nvml import management_library  # noqa: E402
 from trtkit.engine.device.capture import record, waiting_forbidden  # noqa: E402
 from trtkit.spec.codec import from_plain, read_envelope, write_record  # noqa: E402
@@ -116,8 +117,16 @@ class Record:
 class Session:
     """Device, time left and the record of one run; the record is written again after every item."""
 
-    def __init__(self, kind: str, args: argparse.Namespace, row_type: type | None = None) -> None:
-        """Take stock of the machine; `row_type` is what the record's rows are, for a run that goes on.
+    def __init__(
+        self, kind: str, args: argparse.Namespace, row_type: type | None = None, *, began_s: float | None = None
+    ) -> None:
+        """Take stock of the machine.
+
+        Args:
+            kind: of the record.
+            args: from `arguments`.
+            row_type: what the record's rows are, for a run that goes on.
+            began_s: since when the time limit counts, on `time.monotonic`; from now on if None.
 
         Raises:
             SystemExit: no CUDA device, and this is no rehearsal.
@@ -127,7 +136,8 @@ class Session:
         self.rehearsal = bool(args.rehearse)
         self.device = _device(rehearsal=self.rehearsal)
         self.kind, self.out, self._args = kind, Path(args.out), args
-        self._started, self._limit_s = time.monotonic(), float(args.time_limit_s)
+        self._started = time.monotonic() if began_s is None else began_s
+        self._limit_s = float(args.time_limit_s)
         self.generator = torch.Generator(device=self.device).manual_seed(args.seed)
         self.l2_bytes = 0 if self.rehearsal else torch.cuda.get_device_properties(0).L2_cache_size
         self.record = Record(
@@ -224,8 +234,9 @@ class Session:
 
     def _start_again(self, index: int) -> None:
         print(f"the CUDA context is lost; going on at item {index} in a fresh process", file=sys.stderr, flush=True)
-        left = max(0.0, self.left_s)
-        more = ["--resume-at", str(index), "--time-limit-s", f"{left:.0f}", "--seed", str(self._args.seed)]
+        # The process stays the same, and so does when it began.
+        limit_s = max(0.0, self.left_s) + time.monotonic() - began_s()
+        more = ["--resume-at", str(index), "--time-limit-s", f"{limit_s:.0f}", "--seed", str(self._args.seed)]
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *more])
 
     def _go_on(self, row_type: type) -> None:

@@ -312,7 +312,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="trtkit-path-") as metadata:
         sources.use(Path(metadata))
-        session = Session(KIND, args, Row)
+        session = Session(KIND, args, Row, began_s=sources.began_s())
         scale = rehearsal_scale() if args.rehearse else real_scale(args.layers)
         bench = Bench(session, scale)
         session.items(

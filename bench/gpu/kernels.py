@@ -27,6 +27,7 @@ from bench.gpu.kernel_bench import (
     fallbacks,
     probed_limits,
 )
+from bench.gpu.sources import began_s
 
 KIND = "gpu-kernels"
 KINDS = ("int8", "int4", "fp8", "bf16")
@@ -37,7 +38,7 @@ Item = tuple[str, float, Callable[[], object]]
 def main() -> None:
     """Run all items that fit the time."""
     args = parse_args()
-    session = Session(KIND, args, KernelRow)
+    session = Session(KIND, args, KernelRow, began_s=began_s())
     limits = {} if session.rehearsal else probed_limits(args.probe or session.out.with_name("probe.json"))
     bench = Bench(
         session=session,

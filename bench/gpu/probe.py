@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.common import Clocks, Session, Timing, arguments, clocks, table
+from bench.gpu.sources import began_s
 from trtkit.spec.dtype import DType
 from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
@@ -268,7 +269,7 @@ def items(probe: Probe) -> list[tuple[str, float, Callable[[], object]]]:
 
 def main() -> None:
     """Run the items."""
-    session = Session(KIND, arguments(__doc__, time_limit_s=60).parse_args(), ProbeRow)
+    session = Session(KIND, arguments(__doc__, time_limit_s=60).parse_args(), ProbeRow, began_s=began_s())
     session.items(items(Probe(session)))
     session.finish(lines_of(session))
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from bench.gpu.sources import began_s
 from trtkit.kernels.dispatch import FAMILIES, disabled, enable
 from trtkit.kernels.selfcheck import CheckRow, CheckShape, self_check
 from trtkit.spec.codec import read_record, write_record
@@ -185,7 +186,8 @@ def main() -> int:
         lost = (args.family,) if context_lost(device) else ()
         write_record(args.out, KIND, replace(record, rows=rows, fallen=dict(disabled()), fatal=lost))
         return 0
-    return run(args.out, record, device, [args.types] if args.types else list(TYPES), args.time_limit_s)
+    limit_s = args.time_limit_s - (time.monotonic() - began_s())
+    return run(args.out, record, device, [args.types] if args.types else list(TYPES), limit_s)
 
 
 def run(out: Path, record: SelfcheckRecord, device: torch.device, wanted: Sequence[str], limit_s: float) -> int:

@@ -11,10 +11,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins" / "h2o"
+_START_TICKS = 19
+"""Place of `starttime` behind the name of the command in /proc/PID/stat (proc(5))."""
+_OLDEST_S = 3600.0
 _GROUPS = ("trtkit.kv_policies", "trtkit.trtllm_policies", "trtkit.trtllm_probes")
 
 
@@ -55,6 +59,21 @@ def use(directory: Path) -> None:
     for part in reversed(path.split(os.pathsep)):
         if part not in sys.path:
             sys.path.insert(0, part)
+
+
+def began_s() -> float:
+    """When this process began, on `time.monotonic`; now, where the system does not tell.
+
+    The first import of torch on a fresh machine takes long, and a time limit must count it. A process that replaced
+    itself (`os.execv`) began when its predecessor did.
+    """
+    now_s = time.monotonic()
+    try:
+        fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[_START_TICKS]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return now_s
+    return now_s - age_s if 0 <= age_s <= _OLDEST_S else now_s
 
 
 if __name__ == "__main__":

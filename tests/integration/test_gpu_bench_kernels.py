@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 import bench.gpu as bench_package
-from bench.gpu import common, kernel_bench, kernels, probe
+from bench.gpu import common, kernel_bench, kernels, probe, sources
 from trtkit.spec.dtype import DType
 from trtkit.spec.measured import Measured, Source
 
@@ -401,7 +402,25 @@ def test_a_lost_context_starts_the_script_again_after_the_guilty_item(tmp_path, 
     assert command[0] == sys.executable
     assert command[command.index("--resume-at") + 1] == "2"
     assert command[command.index("--seed") + 1] == "1"
+    # A restarted script counts its time from the beginning of the process, which is the same one.
+    lived_s = time.monotonic() - sources.began_s()
+    assert float(command[command.index("--time-limit-s") + 1]) == pytest.approx(60 + lived_s, abs=3)
     assert json.loads(session.out.read_text(encoding="utf-8"))["data"]["notes"][0].startswith("bad: RuntimeError")
+
+
+def test_a_time_limit_counts_from_the_beginning_of_the_process(tmp_path):
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+time.sleep(0.6)
+from bench.gpu.sources import began_s
+print(time.monotonic() - began_s())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0.5 < float(done.stdout) < 30
+    args = argparse.Namespace(rehearse=True, out=tmp_path / "r.json", time_limit_s=60, seed=1, only="", resume_at=0)
+    session = common.Session("gpu-probe", args, began_s=time.monotonic() - 20)
+    assert session.left_s == pytest.approx(40, abs=2)
 
 
 def timing(median_us):
