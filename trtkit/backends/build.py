@@ -43,7 +43,7 @@ from trtkit.spec.plan import BuildPlan
 from trtkit.spec.progress import Progress, no_progress
 from trtkit.trtllm.capabilities import check_plan, kv_fidelity
 from trtkit.trtllm.modelopt import modelopt_version
-from trtkit.trtllm.packed import Packing, read_packing, weights_note
+from trtkit.trtllm.packed import read_packing, weights_note
 from trtkit.trtllm.policies import check_adapter
 from trtkit.trtllm.requirements import require_builder_device, require_guesses, require_packing, require_target
 from trtkit.version import __version__
@@ -135,7 +135,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     if plan.load_format == "dummy":
         return _build_dummy(BuildJob(plan=plan, source_dir=path, directory=path, fidelity=fidelity), path)
     source_dir = source if isinstance(source, Path) else source.fetch()
-    packing = _checked_packing(plan, source_dir)
+    notes = calibration | _weights_note(plan, source_dir)
     with working_directory(path) as partial:
         _keep_only_same_build(partial, plan, source_dir, calibration)
         job = BuildJob(
@@ -146,9 +146,7 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
             calib_text=calib_text,
             progress=progress,
         )
-        job.versions.update(calibration)
-        if packing is not None:
-            job.versions["weights"] = weights_note(packing, plan.quant, to_engine=plan.target == "tensorrt")
+        job.versions.update(notes)
         builder(job)
         with job.phase("manifest"):
             files = {str(file.relative_to(partial)): file_entry(file) for file in bundle_files(partial)}
@@ -191,19 +189,21 @@ def build_embedded(job: BuildJob) -> None:
         job.verification.update(verify(job.plan.model, job.plan.quant, job.source_dir, checkpoint))
 
 
-def _checked_packing(plan: BuildPlan, source_dir: Path) -> Packing | None:
-    """How the source's weights are quantised already; None where they are not.
+def _weights_note(plan: BuildPlan, source_dir: Path) -> dict[str, str]:
+    """How the weights of a source that is quantised already go into the engine; nothing to say of others.
 
     Raises:
         UnsupportedError: the plan would quantise them with ModelOpt.
     """
     packing = read_packing(source_dir)
-    if packing is not None and plan.quant.algo in ALGOS:
+    if packing is None:
+        return {}
+    if plan.quant.algo in ALGOS:
         raise UnsupportedError(
             f"{plan.name}: precision {plan.quant.precision} is calibrated on 16-bit weights, this model is {packing.name}; give "
             "--model the unquantised one"
         )
-    return packing
+    return {"weights": weights_note(packing, plan.quant, to_engine=plan.target == "tensorrt")}
 
 
 def _build_dummy(job: BuildJob, path: Path) -> EngineBundle:

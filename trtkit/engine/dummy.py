@@ -16,14 +16,17 @@ from torch import Tensor
 from trtkit.engine.matmul import pack
 from trtkit.engine.paged_cache import torch_dtype
 from trtkit.engine.weights import LayerWeights, Linear, ModelWeights
+from trtkit.spec.checkpoint import with_groups
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.model import ModelSpec
-from trtkit.spec.quant import QuantSpec
+from trtkit.spec.quant import INT4_GROUPS, QuantSpec
 
 _CHUNK_ELEMENTS = 1 << 26
 _PEAK_SIGMAS = 4.5
 """The largest of a few thousand normal numbers, in standard deviations: what a row's scale is made for."""
+_INT4_SIGMA = 2.6
+"""The largest of a group of 128 normal numbers is about 2.7 standard deviations, and becomes 7."""
 _LARGEST = {DType.INT8: 127.0, DType.FP8: 448.0}
 _PLAIN = (DType.FP32, DType.FP16, DType.BF16)
 
@@ -34,12 +37,14 @@ def dummy_weights(model: ModelSpec, quant: QuantSpec, *, device: str = "cpu", se
     Raises:
         UnsupportedError: a precision that the embedded engine does not run.
     """
-    runs = quant.weights in _PLAIN if quant.algo is None else quant.weights in _LARGEST
-    if not runs or quant.group_size:
+    quant = quant.embedded
+    runs = quant.weights in _PLAIN if quant.algo is None else quant.weights in _LARGEST or quant.algo == INT4_GROUPS
+    if not runs or (quant.group_size and not quant.is_grouped):
         raise UnsupportedError(
-            f"random weights in precision {quant.precision!r}: the embedded engine runs fp32, fp16, bf16, int8 and fp8-rowwise"
+            f"random weights in precision {quant.precision!r}: the embedded engine runs fp32, fp16, bf16, int8, int8-gptq, "
+            "int4 and fp8-rowwise"
         )
-    return _Maker(model, quant, device, seed).model_weights()
+    return _Maker(model, with_groups(model, quant), device, seed).model_weights()
 
 
 class _Maker:
@@ -81,6 +86,9 @@ class _Maker:
 
     def linear(self, rows: int, columns: int, *, bias: bool) -> Linear:
         bias_O = self.normal((rows,), self.dtype, lambda part: part * 0.02) if bias else None
+        if self.quant.weights is DType.INT4:
+            scale = self._scale(rows, columns, (_INT4_SIGMA**2 + 1 / 12) ** 0.5, self.dtype)
+            return Linear(weight=self.packed(rows, columns), scale=scale, bias=bias_O)
         largest = _LARGEST.get(self.quant.weights)
         if largest is None:
             return Linear(weight=pack(self.plain_matrix((rows, columns))), bias=bias_O)
@@ -92,9 +100,26 @@ class _Maker:
             return scaled.round_() if is_int8 else scaled
 
         weight = self.normal((rows, columns), torch_dtype(self.quant.weights), stored)
-        scale_type = self.dtype if is_int8 else torch.float32
-        scale = torch.full((rows,), 1 / (sigma * columns**0.5), dtype=scale_type, device=self.device)
+        scale = self._scale(rows, columns, sigma, self.dtype if is_int8 else torch.float32)
         return Linear(weight=weight, scale=scale, bias=bias_O)
+
+    def _scale(self, rows: int, columns: int, sigma: float, dtype: torch.dtype) -> Tensor:
+        """What brings numbers with that standard deviation to where unit inputs give unit outputs."""
+        group = self.quant.group_size
+        shape = (rows, columns // group) if group else (rows,)
+        return torch.full(shape, 1 / (sigma * columns**0.5), dtype=dtype, device=self.device)
+
+    def packed(self, rows: int, columns: int) -> Tensor:
+        """INT4, two to a byte: any two normal numbers, so the order within a group does not matter here."""
+        step = max(1, min(rows, _CHUNK_ELEMENTS // columns))
+        drawn = self._chunk_of(step * columns)
+        result = torch.empty(rows, columns // 2, dtype=torch.uint8, device=self.device)
+        for start in range(0, rows, step):
+            target = result[start : start + step]
+            part = drawn[: 2 * target.numel()].normal_(generator=self.generator)
+            nibbles = part.mul_(_INT4_SIGMA).round_().clamp_(-8, 7).add_(8).view(2, *target.shape)
+            target.copy_(nibbles[0].add_(nibbles[1], alpha=16))
+        return result
 
     def plain_matrix(self, shape: tuple[int, int]) -> Tensor:
         return self.normal(shape, self.dtype, lambda part: part.mul_(shape[1] ** -0.5))

@@ -17,6 +17,7 @@ from trtkit.engine.paged_cache import block_bytes
 from trtkit.engine.runner import ObserverFactory, RunnerFactory
 from trtkit.engine.speculation import Proposer
 from trtkit.engine.weights import ModelWeights, load_weights, weights_from_tensors
+from trtkit.plan.work import weight_bytes
 from trtkit.spec.bundle import EngineBundle
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import CapacityError, MissingDependencyError, UnsupportedError, UsageError
@@ -265,7 +266,7 @@ def _check_device(device: str) -> None:
 
 def _check_room(plan: BuildPlan, device: str) -> None:
     """Refuse random weights that memory cannot hold: on a CPU nobody else would before the machine swaps."""
-    needed = plan.model.num_params * plan.quant.weights.bits // 8
+    needed = weight_bytes(plan.model, plan.quant.embedded)
     free = _available_bytes(device)
     if needed > free:
         raise CapacityError(

@@ -14,6 +14,8 @@ from trtkit.engine import dummy
 from trtkit.engine.dummy import dummy_weights
 from trtkit.engine.open import open_embedded
 from trtkit.engine.weights import weights_from_tensors
+from trtkit.kernels.int4 import dequantise_groups, unpack_int4
+from trtkit.plan.work import weight_bytes
 from trtkit.spec.bundle import EngineBundle, Manifest
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Request
@@ -31,7 +33,7 @@ def _plan(precision: str, **fields: object) -> BuildPlan:
         model=MODEL,
         model_source="none",
         gpu="cpu",
-        quant=quant_for(precision, compute=DType.FP32 if precision in {"int8", "fp8-rowwise"} else None),
+        quant=quant_for(precision, compute=DType.FP32 if precision in {"int8", "int4", "fp8-rowwise"} else None),
         limits=limits(),
         load_format="dummy",
         **fields,  # type: ignore[arg-type]
@@ -99,9 +101,34 @@ def test_a_precision_the_engine_does_not_run_is_refused() -> None:
         dummy_weights(MODEL, quant_for("int4-awq"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp8-rowwise"])
+@pytest.mark.parametrize(("precision", "group"), [("int4", 0), ("int4", 32), ("int8-gptq", 64)])
+def test_groups_are_normal_and_exactly_as_large_as_the_plan_counts(precision: str, group: int) -> None:
+    model = replace(MODEL, hidden_size=256, intermediate_size=384, num_heads=32)
+    quant = quant_for(precision)
+    quant = replace(quant, group_size=group or quant.group_size)
+    made = dummy_weights(model, quant)
+    matrix = made.layers[0].down
+    assert matrix.scale is not None
+    assert matrix.scale.shape == (256, 384 // (group or 128))
+    dequantised = dequantise_groups(matrix.weight, matrix.scale)
+    product = torch.randn(64, 384, generator=torch.Generator().manual_seed(1)) @ dequantised.T
+    assert 0.9 < product.std() < 1.1
+    if precision == "int4":
+        values = unpack_int4(matrix.weight, group or 128).flatten()
+        shares = torch.bincount(values.long() + 8, minlength=16) / values.numel()
+        assert (shares > 0).all(), "all sixteen numbers occur"
+        assert shares[8] > 2 * shares[8 - 4] > 4 * shares[8 - 7], "as normal numbers do"
+    assert made.num_bytes == weight_bytes(model, quant.embedded)
+
+
+def test_random_int4_of_widths_without_groups_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="MLP width 48"):
+        dummy_weights(replace(MODEL, intermediate_size=48), quant_for("int4"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp8-rowwise", "int4"])
 def test_eighty_layers_of_random_weights_write_different_finite_tokens(tmp_path: Path, precision: str) -> None:
-    plan = replace(_plan(precision), model=replace(MODEL, num_layers=80))
+    plan = replace(_plan(precision), model=replace(MODEL, num_layers=80, intermediate_size=64))
     with open_embedded(_bundle(tmp_path, plan)) as engine:
         requests = [
             Request(request_id=str(i), prompt_ids=(5 + i, 6, 7), max_tokens=8, ignore_eos=True) for i in range(3)
