@@ -104,7 +104,7 @@ class DeviceEviction:
     def warm_up(self) -> None:
         """Run a round at the engine's budgets, so that no request waits for a kernel to be compiled.
 
-        Nothing is served yet: what the first block holds, and what becomes of it, is nobody's.
+        Nothing is served yet: what the blocks hold, and what becomes of it, is nobody's.
         """
         for shrunk in range(_WARM_BUDGETS if self._spec.budget_fraction else 1):
             policy = self._rules.policy(self._spec.resolved(max(1, self._limits.max_seq_len >> shrunk)))
@@ -117,15 +117,27 @@ class DeviceEviction:
     def _rehearse(self, policy: EvictionPolicy, live: int) -> None:
         """One round at `live` slots, for nobody."""
         watched = self._begin_watching(Sequence(request=_NOBODY, arrival=0, max_new_tokens=1), policy, live)
-        table = torch.zeros(-(-live // self._storage.shape[4]), dtype=torch.int32, device=self._storage.device)
+        blocks, size = self._storage.shape[1], self._storage.shape[4]
+        # Blocks all over the cache, as a request's are: kernels tune themselves here, and one block would come from L2.
+        table = torch.arange(-(-live // size), dtype=torch.int32, device=self._storage.device)
+        table.remainder_(max(1, blocks - 1))
         watched.unlisted = live
         watched.pending = min(self.ring_size, live) if policy.watch.queries == "all" else 0
         self._scores.flush(watched, table, live)
+        if policy.watch.queries == "all":
+            self._rehearse_piece(watched, table, live)
         if watched.window:
             self._scores.look_through_ring(watched, ALL, table, live, live, None)
         self._shrink(watched, ALL, table, live, live)
         self._verdicts.clear(watched.slot)
         self.forget(watched.sequence)
+
+    def _rehearse_piece(self, watched: Watched, table_M: Tensor, live: int) -> None:
+        """Score a prompt's piece in one layer: so many queries at once are another compilation than a ring's."""
+        count, rings = min(self._rules.piece(watched.policy.budget), live), self.rings
+        queries = rings.queries_LPHD.new_zeros((1, count, *rings.queries_LPHD.shape[2:]))
+        asked = (queries, rings.lse_LPH.new_zeros((1, count, rings.lse_LPH.shape[2])))
+        self._scores.add(watched, slice(0, 1), asked, table_M, live, live - count)
 
     def admit(self, sequence: Sequence) -> None:
         """See `LayerObserver.admit`.

@@ -10,6 +10,7 @@ from support.eviction_streams import DeviceSide, ReferenceSide, Stream, make_seq
 
 from trtkit.engine import eviction_rules
 from trtkit.engine.device import eviction as eviction_module
+from trtkit.engine.device import scores as scores_module
 from trtkit.engine.device.eviction import RING_QUERIES, DeviceEviction, device_piece
 from trtkit.engine.device.rings import NOWHERE, ring_bytes
 from trtkit.engine.device.verdicts import Verdicts
@@ -275,3 +276,18 @@ def test_warming_up_covers_prompts_and_decoding_and_of_a_share_half_sizes_down_t
     asked.clear()
     DeviceSide(stream_model(), lambda *_: 8, kv=H2O).eviction.warm_up()
     assert asked == [32, 28]
+
+
+def test_warming_up_scores_rings_and_pieces_of_prompts_in_blocks_all_over_the_cache(monkeypatch):
+    scored = []
+
+    def note(queries, *args, **_):
+        scored.append((queries.shape[0], queries.shape[1], len(set(args[3].tolist()))))
+
+    monkeypatch.setattr(scores_module, "score_layers", note)
+    device = DeviceSide(stream_model(), lambda *_: 8, kv=H2O)
+    device.eviction.warm_up()
+    layers, size, ring = device.eviction._model.num_layers, device.eviction._storage.shape[4], device.eviction.ring_size
+    assert scored == [
+        (depth, count, -(-live // size)) for live in (32, 28) for depth, count in ((layers, min(ring, live)), (1, 8))
+    ]
