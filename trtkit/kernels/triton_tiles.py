@@ -123,7 +123,10 @@ def _shared_bytes(config: triton.Config, known: dict[str, Any], *, wide: bool) -
     value_bytes, rows = int(known["DIM_PAD"]) * (4 if wide else 2), _rows(config, known)
     if known["SIDES"] == 1:  # keys stay, queries pass
         return value_bytes * (int(config.kwargs["TILE"]) * (1 + wide) + rows * int(config.num_stages))
-    return _staged_bytes(config, known) + value_bytes * rows * (2 + wide)
+    staged = _staged_bytes(config, known)
+    if config.num_stages < 5:  # of what is staged once, keys may still lie there twice
+        staged += staged // 2
+    return staged + value_bytes * rows * (2 + wide)
 
 
 @triton.jit

@@ -15,6 +15,8 @@ FILES = (
     "test_fused_kernels.py",
     "test_layer_kernels.py",
     "test_matmul_kernels.py",
+    "test_odd_shape_kernels.py",
+    "test_odd_value_kernels.py",
     "test_paged_kernels.py",
     "test_prefill_kernels.py",
     "test_ranking_kernels.py",
