@@ -50,9 +50,13 @@ def linear(
         [T, O] in the type of `x_TI`.
     """
     if use_triton(x_TI, FAMILY):
+        if scale is not None and scale.dim() == 2:
+            from trtkit.kernels import triton_matmul_grouped
+
+            return triton_matmul_grouped.linear(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
         from trtkit.kernels import triton_matmul
 
-        return triton_matmul.linear(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
+        return triton_matmul.linear(x_TI, weight_OI, scale, bias_O, out=out)
     return linear_twin(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
 
 

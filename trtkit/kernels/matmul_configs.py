@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import triton
 import triton.testing
 
-from trtkit.kernels.matmul_tiles import WIDTHS, Tile, tiles_for
+from trtkit.kernels.matmul_tiles import GROUPED_WIDTHS, WIDTHS, Tile, grouped_tiles, tiles_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton runs kernels in its interpreter in this process: no assembly, and one tile, for nothing is timed."""
@@ -39,6 +40,18 @@ def reject(width: int, tile: Tile) -> None:
     _rejected().add((width, tile))
 
 
+def grouped_candidates(width: int, item: float, group: int) -> tuple[Tile, ...]:
+    """`candidates` for weights of `item` bytes with a scale for each `group` of inputs."""
+    if INTERPRETED:
+        return (replace(INTERPRETED_TILE, inputs=2 * max(group, INTERPRETED_TILE.inputs)),)
+    return tuple(tile for tile in grouped_tiles(width, item, group) if (width, tile, item) not in _rejected())
+
+
+def reject_grouped(width: int, item: float, tile: Tile) -> None:
+    """`reject` for weights of `item` bytes with a scale for each group."""
+    _rejected().add((width, tile, item))
+
+
 def tile_of(meta: dict[str, Any]) -> Tile:
     """The tile behind a launch's constants."""
     return Tile(
@@ -62,6 +75,21 @@ def configurations() -> list[triton.Config]:
 def prune(_: list[triton.Config], named: dict[str, Any], **keywords: Any) -> list[triton.Config]:
     """Those for the launch at hand."""
     return [configuration(tile) for tile in candidates(keywords["BT"], named["weight"].element_size())]
+
+
+def grouped_configurations() -> list[triton.Config]:
+    """All there are for groups of 128; `prune_grouped` has those of other groups."""
+    if INTERPRETED:
+        return [configuration(INTERPRETED_TILE)]
+    return [
+        configuration(tile) for width in GROUPED_WIDTHS for item in (0.5, 1) for tile in grouped_tiles(width, item, 128)
+    ]
+
+
+def prune_grouped(_: list[triton.Config], named: dict[str, Any], **keywords: Any) -> list[triton.Config]:
+    """Those for the launch at hand."""
+    item = 0.5 if keywords["PACKED"] else 1
+    return [configuration(tile) for tile in grouped_candidates(keywords["BT"], item, keywords["GROUP"])]
 
 
 @cache
@@ -112,5 +140,5 @@ def _back_to_back(call: Callable[[], object], quantiles: Sequence[float]) -> lis
 
 
 @cache
-def _rejected() -> set[tuple[int, Tile]]:
+def _rejected() -> set[tuple[object, ...]]:
     return set()

@@ -43,9 +43,9 @@ class Tile:
     warps: int
     left: bool
 
-    def held_bytes(self, width: int, item: int) -> int:
+    def held_bytes(self, width: int, item: float) -> int:
         """Shared memory of a program with `width` tokens of 16 bits and weights of `item` bytes."""
-        return max(1, self.stages - 1) * self.inputs * (self.outputs * item + width * 2) + 1024
+        return int(max(1, self.stages - 1) * self.inputs * (self.outputs * item + width * 2)) + 1024
 
 
 _TILES = {
@@ -80,6 +80,19 @@ as many bytes of tokens as of weights."""
 
 WIDTHS = tuple(_TILES)
 
+GROUPS = (32, 64, 128, 256)
+"""Groups of inputs that the product takes as they are; weights with others are widened first, however few the tokens."""
+
+_GROUPED_TILES = {
+    8: [(64, 256, 3, 2, True), (128, 256, 3, 2, True), (64, 128, 4, 2, True)],
+    16: [(64, 256, 3, 2, True), (128, 256, 3, 2, True), (128, 256, 3, 4, False), (256, 256, 3, 4, False)],
+    32: [(64, 256, 3, 2, True), (128, 256, 3, 4, False), (256, 256, 3, 8, False)],
+    64: [(128, 128, 4, 4, True), (256, 128, 4, 8, True)],
+    128: [(128, 128, 4, 8, True)],
+}
+
+GROUPED_WIDTHS = tuple(_GROUPED_TILES)
+
 
 @cache
 def tiles_for(width: int, item: int) -> tuple[Tile, ...]:
@@ -92,9 +105,19 @@ def tiles_for(width: int, item: int) -> tuple[Tile, ...]:
 
 
 @cache
-def token_width(tokens: int) -> int:
-    """How wide the tokens' side of a tile is: a tensor core's 16 at least, 128 at most."""
-    return next((width for width in WIDTHS if width >= tokens), WIDTHS[-1])
+def grouped_tiles(width: int, item: float, group: int) -> tuple[Tile, ...]:
+    """What is tried for weights of `item` bytes with a scale for each `group` of inputs; a step has whole groups."""
+    tiles = (
+        Tile(outputs=outputs, inputs=max(inputs, group), stages=stages, warps=warps, left=left)
+        for outputs, inputs, stages, warps, left in _GROUPED_TILES[width]
+    )
+    return tuple(dict.fromkeys(tiles))
+
+
+@cache
+def token_width(tokens: int, widths: tuple[int, ...] = WIDTHS) -> int:
+    """How wide the tokens' side of a tile is: the first of `widths` that holds them, 128 at most."""
+    return next((width for width in widths if width >= tokens), widths[-1])
 
 
 @cache
@@ -104,7 +127,7 @@ def num_tiles(tile: Tile, width: int, tokens: int, outputs: int) -> int:
 
 
 @cache
-def num_pieces(tile: Tile, width: int, tiles: int, inputs: int, item: int, multiprocessors: int) -> int:
+def num_pieces(tile: Tile, width: int, tiles: int, inputs: int, item: float, multiprocessors: int) -> int:
     """In how many pieces the sum over inputs is cut (modeled).
 
     Time is counted in steps of one program while every place on the GPU is taken. A last wave that leaves places
@@ -127,10 +150,10 @@ def num_pieces(tile: Tile, width: int, tiles: int, inputs: int, item: int, multi
 
 @cache
 def partial_elements(
-    candidates: tuple[Tile, ...], tokens: int, shape: tuple[int, int], item: int, multiprocessors: int
+    candidates: tuple[Tile, ...], tokens: int, shape: tuple[int, int], item: float, multiprocessors: int, width: int
 ) -> int:
     """fp32 sums to make room for, whichever tile is used on a weight of `shape`; 1 where no sum is cut."""
-    most, width = 1, token_width(tokens)
+    most = 1
     for tile in candidates:
         tiles = num_tiles(tile, width, tokens, shape[0])
         pieces = num_pieces(tile, width, tiles, shape[1], item, multiprocessors)

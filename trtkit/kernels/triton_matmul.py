@@ -11,6 +11,7 @@ them, in order, so the result is the same every time.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -21,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtkit.kernels.dispatch import num_multiprocessors
-from trtkit.kernels.matmul import DECODE_ROWS, linear_twin
+from trtkit.kernels.matmul import DECODE_ROWS
 from trtkit.kernels.matmul_configs import (
     INTERPRETED,
     bench,
@@ -54,16 +55,13 @@ from trtkit.kernels.triton_widen import widen
 def linear(
     x_TI: Tensor,
     weight_OI: Tensor,
-    scale: Tensor | None,
+    scale_O: Tensor | None,
     bias_O: Tensor | None,
     *,
-    zero: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `trtkit.kernels.matmul.linear`."""
-    if scale is not None and scale.dim() == 2:
-        return linear_twin(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
-    tokens, outputs, scale_O = x_TI.shape[0], weight_OI.shape[0], scale
+    """See `trtkit.kernels.matmul.linear`; scales of groups are `triton_matmul_grouped`'s."""
+    tokens, outputs = x_TI.shape[0], weight_OI.shape[0]
     if out is None:
         out = torch.empty(tokens, outputs, dtype=x_TI.dtype, device=x_TI.device)
     if tokens == 0:
@@ -94,7 +92,7 @@ def fused_linear(
     width, item = token_width(tokens), bits.element_size()
     multiprocessors = num_multiprocessors(x_TI.device)
     tried = candidates(width, item) if tile is None else (tile,)
-    room = partial_elements(tried, tokens, (outputs, inputs), item, multiprocessors)
+    room = partial_elements(tried, tokens, (outputs, inputs), item, multiprocessors, width)
     partial = torch.empty(room, dtype=torch.float32, device=x_TI.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
@@ -105,7 +103,7 @@ def fused_linear(
     kernel, fixed = (_linear, {}) if tile is None else (_linear.fn, configuration(tile).all_kwargs())
     early = starts_early(x_TI.device)
     kernel[grid](
-        x_TI, bits, scale_O, bias_O, out, partial, _counters(x_TI.device), tokens, outputs, inputs,
+        x_TI, bits, scale_O, bias_O, out, partial, counters_of(x_TI.device), tokens, outputs, inputs,
         x_TI.stride(0), out.stride(0), KIND=kind, HAS_SCALE=scale_O is not None, HAS_BIAS=bias_O is not None,
         BT=width, ASM=not INTERPRETED, EARLY=early, **launch_options(early=early), **fixed,
     )  # fmt: skip
@@ -114,7 +112,7 @@ def fused_linear(
 
 def forget_counts(device: torch.device) -> None:
     """After a launch that failed, or was wrong: no tile has arrived anywhere."""
-    _counters(device).zero_()
+    counters_of(device).zero_()
 
 
 def compile_ahead(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, *, has_bias: bool) -> None:
@@ -171,21 +169,30 @@ def fp8_product(
 
 
 def _fused_is_quicker(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, out: Tensor) -> bool:
+    operands = (x_TI, weight_OI, scale_O, None, out)
+    key = (*weight_OI.shape, weight_OI.dtype, x_TI.dtype, x_TI.device)
+    return is_quicker(lambda: fused_linear(*operands), lambda: _widened(*operands), x_TI.shape[0], key, x_TI.device)
+
+
+def is_quicker(
+    fused: Callable[[], Tensor],
+    widened: Callable[[], Tensor],
+    tokens: int,
+    key: tuple[object, ...],
+    device: torch.device,
+) -> bool:
     """Whether our own product beats torch's, before which 8-bit weights are widened: measured once for a shape.
 
     The first product of a shape waits for the device; inside a graph's capture, where nothing may, and off CUDA the
     modeled bound decides.
     """
-    tokens = x_TI.shape[0]
-    if tokens > MEASURED_ROWS or x_TI.device.type != "cuda":
+    if tokens > MEASURED_ROWS or device.type != "cuda":
         return tokens <= FUSED_ROWS
-    key = (triton.next_power_of_2(tokens), *weight_OI.shape, weight_OI.dtype, x_TI.dtype, x_TI.device)
-    known = _quicker()
+    key, known = (triton.next_power_of_2(tokens), *key), _quicker()
     if key not in known:
         if torch.cuda.is_current_stream_capturing():
             return tokens <= FUSED_ROWS
-        operands = (x_TI, weight_OI, scale_O, None, out)
-        known[key] = median_ms(lambda: fused_linear(*operands)) <= median_ms(lambda: _widened(*operands))
+        known[key] = median_ms(fused) <= median_ms(widened)
     return known[key]
 
 
@@ -195,22 +202,33 @@ def _quicker() -> dict[tuple[object, ...], bool]:
 
 
 def _widened(x_TI: Tensor, weight_OI: Tensor, scale_O: Tensor | None, bias_O: Tensor | None, out: Tensor) -> Tensor:
-    """torch's product, over a few output channels of a quantised weight at a time."""
-    outputs, inputs = weight_OI.shape
     if scale_O is None:
         torch.mm(x_TI, weight_OI.T, out=out)
-    else:
-        step = channels_at_once(x_TI.shape[0], outputs, inputs, num_multiprocessors(x_TI.device))
-        workspace = torch.empty(step, inputs, dtype=x_TI.dtype, device=x_TI.device)
-        for start in range(0, outputs, step):
-            rows = slice(start, min(outputs, start + step))
-            wide = dequantise(weight_OI[rows], scale_O[rows], workspace[: rows.stop - start])
-            torch.mm(x_TI, wide.T, out=out[:, rows])
+        return out if bias_O is None else out.add_(bias_O)
+
+    def widen_rows(rows: slice, wide: Tensor) -> None:
+        dequantise(weight_OI[rows], scale_O[rows], wide)
+
+    return widened_product(x_TI, weight_OI.shape[0], widen_rows, bias_O, out)
+
+
+def widened_product(
+    x_TI: Tensor, outputs: int, widen_rows: Callable[[slice, Tensor], None], bias_O: Tensor | None, out: Tensor
+) -> Tensor:
+    """torch's product, over a few output channels at a time, each of which `widen_rows` writes out first."""
+    tokens, inputs = x_TI.shape
+    step = channels_at_once(tokens, outputs, inputs, num_multiprocessors(x_TI.device))
+    workspace = torch.empty(step, inputs, dtype=x_TI.dtype, device=x_TI.device)
+    for start in range(0, outputs, step):
+        rows = slice(start, min(outputs, start + step))
+        wide = workspace[: rows.stop - start]
+        widen_rows(rows, wide)
+        torch.mm(x_TI, wide.T, out=out[:, rows])
     return out if bias_O is None else out.add_(bias_O)
 
 
 @cache
-def _counters(device: torch.device) -> Tensor:
+def counters_of(device: torch.device) -> Tensor:
     """One zero per tile; every launch leaves them zero again. Launches that share them must share a stream."""
     return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 

@@ -138,7 +138,7 @@ def test_pieces_of_a_long_sum_are_added_by_the_last_program_and_the_counters_are
     for _ in range(2):
         triton_matmul.fused_linear(x, weight, scale, None, out)
         assert_close(out, expected, torch.float16)
-    assert not triton_matmul._counters(x.device).any()
+    assert not triton_matmul.counters_of(x.device).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

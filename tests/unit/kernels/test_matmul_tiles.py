@@ -28,7 +28,7 @@ def test_enough_programs_run_to_saturate_the_memory(tokens, shape):
 
 def test_room_for_pieces_covers_every_tile_that_may_be_chosen():
     candidates = matmul_tiles.tiles_for(16, 1)
-    room = matmul_tiles.partial_elements(candidates, 1, (8192, 8192), 1, SMS)
+    room = matmul_tiles.partial_elements(candidates, 1, (8192, 8192), 1, SMS, 16)
     for tile in candidates:
         tiles = matmul_tiles.num_tiles(tile, 16, 1, 8192)
         assert room >= tiles * matmul_tiles.num_pieces(tile, 16, tiles, 8192, 1, SMS) * tile.outputs * 16
