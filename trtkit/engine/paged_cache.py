@@ -21,8 +21,8 @@ from trtkit.spec.model import ModelSpec
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """torch's object for an element type."""
-    result = getattr(torch, dtype.trtllm_name)
+    """torch's object for an element type; bytes of two for INT4."""
+    result = torch.uint8 if dtype is DType.INT4 else getattr(torch, dtype.trtllm_name)
     assert isinstance(result, torch.dtype)
     return result
 
