@@ -6,16 +6,18 @@ The only module that imports `tensorrt_llm`, and only inside functions.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from trtkit.plan.work import weight_bytes
 from trtkit.spec.bundle import EngineBundle
-from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.errors import EngineError, TrtkitError, UsageError
 from trtkit.spec.kv import KVFidelity, KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits
+from trtkit.spec.quant import GPTQ_INT8
 from trtkit.spec.speculation import SpeculationSpec, parse_speculation
 from trtkit.trtllm.capabilities import check_plan
 from trtkit.trtllm.counters import EvictionCounters
@@ -26,6 +28,7 @@ from trtkit.trtllm.lower import llm_arguments
 from trtkit.trtllm.policies import handicaps, with_policy
 from trtkit.trtllm.requirements import require_guesses, require_runtime, require_target
 from trtkit.trtllm.runtime import LlmEngine, Native
+from trtkit.trtllm.stored import stored_tensors
 
 _CEILINGS = ("max_batch_size", "max_num_tokens", "max_seq_len")
 
@@ -47,7 +50,7 @@ def open_tensorrt(bundle: EngineBundle, **overrides: object) -> LlmEngine:
             f"{bundle.path}: built by TensorRT-LLM {built_by}, here is {found.version}; engines only load in the "
             "version that built them: rebuild it here with `trtkit build --force`"
         )
-    return _open(plan, directory, "tensorrt_llm._tensorrt_engine", found)
+    return _open(plan, directory, "tensorrt_llm._tensorrt_engine", found, _engine_bytes(plan, bundle.checkpoint_dir))
 
 
 def open_pytorch(bundle: EngineBundle, **overrides: object) -> LlmEngine:
@@ -60,7 +63,24 @@ def open_pytorch(bundle: EngineBundle, **overrides: object) -> LlmEngine:
     found = require_target("pytorch", installation_here())
     require_guesses(plan, found)
     require_runtime(plan, found)
-    return _open(plan, bundle.checkpoint_dir, "tensorrt_llm", found, bundle.manifest.fidelity)
+    return _open(plan, bundle.checkpoint_dir, "tensorrt_llm", found, _bytes(plan), bundle.manifest.fidelity)
+
+
+def _bytes(plan: BuildPlan) -> int:
+    """Weights of the fullest rank, by the plan's arithmetic."""
+    stages = range(plan.parallel.pp)
+    return max(weight_bytes(plan.model, plan.quant, plan.parallel, pp_rank=stage) for stage in stages)
+
+
+def _engine_bytes(plan: BuildPlan, checkpoint_dir: Path) -> int:
+    """The same of an engine: GPTQ's groups, scales and zeros as its checkpoint has them, which has groups even for rows."""
+    if plan.quant.algo != GPTQ_INT8:
+        return _bytes(plan)
+    config = json.loads((checkpoint_dir / "config.json").read_text(encoding="utf-8"))
+    stored = replace(plan.quant, group_size=int(config["quantization"]["group_size"]))
+    stages = range(plan.parallel.pp)
+    tensors = (stored_tensors(plan.model, stored, plan.parallel, pp_rank=stage) for stage in stages)
+    return max(sum(tensor.num_bytes for tensor in stage) for stage in tensors)
 
 
 def with_overrides(plan: BuildPlan, overrides: Mapping[str, object]) -> BuildPlan:
@@ -96,7 +116,12 @@ def with_overrides(plan: BuildPlan, overrides: Mapping[str, object]) -> BuildPla
 
 
 def _open(
-    plan: BuildPlan, model: Path, module: str, found: Installation, fidelity: KVFidelity = KVFidelity.EXACT
+    plan: BuildPlan,
+    model: Path,
+    module: str,
+    found: Installation,
+    weights: int,
+    fidelity: KVFidelity = KVFidelity.EXACT,
 ) -> LlmEngine:
     llm_class = getattr(importlib.import_module(module), "LLM")  # noqa: B009 - untyped package
     api = importlib.import_module("tensorrt_llm.llmapi")
@@ -120,10 +145,6 @@ def _open(
             raise EngineError(f"{plan.name}: TensorRT-LLM cannot open it: {first}") from error
         return llm
 
-    weights = max(
-        sum(tensor.num_bytes for tensor in checkpoint_tensors(plan.model, plan.quant, plan.parallel, pp_rank=stage))
-        for stage in range(plan.parallel.pp)
-    )
     try:
         notes = handicaps(plan, plain_arguments(scoring=False)) + guess_handicaps(plan)
     except TrtkitError:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from trtkit.plan.work import weight_bytes
 from trtkit.spec.catalog import gpu_spec
-from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.plan import BuildPlan
 from trtkit.trtllm.lower import kv_bytes_per_token
@@ -116,7 +116,7 @@ def pool_tokens(plan: BuildPlan) -> int | None:
     if room is None:
         if not device:
             return None
-        weights = sum(tensor.num_bytes for tensor in checkpoint_tensors(plan.model, plan.quant, plan.parallel))
+        weights = weight_bytes(plan.model, plan.quant, plan.parallel)
         room = int(limits.kv_fraction * (device * (1 - _RUNTIME_SHARE) - weights))
     return max(0, room) // kv_bytes_per_token(plan)
 
