@@ -11,8 +11,9 @@ from trtkit.spec.catalog import model_preset
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.kv import KVFidelity, parse_kv_policy
-from trtkit.spec.plan import BuildPlan
+from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
+from trtkit.spec.speculation import parse_speculation
 from trtkit.trtllm.capabilities import RULES, adjustments, broken, check_plan, kv_fidelity
 from trtkit.trtllm.modelopt import write_engine_checkpoint
 
@@ -31,6 +32,9 @@ CASES = {
     "fp8-needs-sm89": plan("fp8", gpu="a100-80gb-sxm", target="pytorch"),
     "int8-kv-paged-context": plan(quant=quant_for("int8", kv=DType.INT8)),
     "fp8-kv-without-fp8": plan(quant=quant_for("int8", kv=DType.FP8)),
+    "reuse-without-paged-context": plan(quant=quant_for("int8", kv=DType.FP8), limits=Limits(enable_block_reuse=True)),
+    "guesses-in-stages": plan(target="pytorch", parallel=Parallelism(pp=2), speculation=parse_speculation("ngram:4")),
+    "int4-groups": plan("int4"),
     "gptq-int8-pytorch": plan("int8-gptq", target="pytorch"),
     "gptq-float16": plan(quant=quant_for("int8-gptq", compute=DType.BF16)),
     "int8-kv-embedded": plan(target="embedded", quant=quant_for("int8", kv=DType.INT8)),
@@ -53,9 +57,9 @@ def test_every_rule_meets_its_case_and_is_refused_or_adjusts(name: str) -> None:
         assert rule.adjusts in adjustments(case)
         check_plan(case)
         return
-    with pytest.raises(UnsupportedError) as caught:
+    with pytest.raises(UnsupportedError, match=r"; use ") as caught:
         check_plan(case)
-    assert "; use " in str(caught.value)
+    assert rule.says in str(caught.value)
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "pytorch"])
