@@ -60,6 +60,7 @@ def _datasheet(result: BenchResult) -> Iterator[Check]:
             tp=plan.parallel.tp,
             pp=plan.parallel.pp,
             kept_tokens=kept,
+            cached_tokens=load.reusable_tokens(plan.limits),
         )
         limits = floors(scenario)
     except TrtkitError as error:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtkit.benchmark.prompts import SHAREGPT, SYNTHETIC
+from trtkit.benchmark.prompts import SHAREGPT
 from trtkit.benchmark.targets import Target
 from trtkit.spec.atomic import output_errors
 from trtkit.spec.codec import digest, read_record
 from trtkit.spec.errors import InputError
 from trtkit.spec.result import BENCH_KIND, BenchResult
-from trtkit.spec.workload import Protocol, Workload
+from trtkit.spec.workload import SYNTHETIC, Protocol, Workload
 
 ENGINE_LOST = "engine_lost"
 """Name of the check that marks a cell whose engine died or could not be opened."""
@@ -39,7 +39,7 @@ class Cell:
 def load_title(workload: Workload) -> str:
     """The workload in a few words."""
     load = f"concurrency {workload.concurrency}" if workload.request_rate is None else f"{workload.request_rate:g}/s"
-    return f"{load}, ISL {workload.isl or 'as given'}, OSL {workload.osl}"
+    return f"{load}, {workload.lengths}"
 
 
 def plan_cells(targets: Sequence[Target], protocol: Protocol, output_dir: Path) -> list[Cell]:

@@ -13,7 +13,10 @@ from trtkit.spec.engine import Engine, FinishReason, KVStats, Request, TokenEven
 from trtkit.spec.result import Repeat, RequestSample
 from trtkit.spec.workload import Workload
 
-_COUNTERS = ("preemptions", "evictions", "tokens_evicted", "blocks_freed")
+_COUNTERS = (
+    "preemptions", "evictions", "tokens_evicted", "blocks_freed", "draft_tokens", "accepted_tokens",
+    "prompt_tokens_reused",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

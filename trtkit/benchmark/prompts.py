@@ -1,7 +1,7 @@
 """Prompts with exact token counts, the same for every engine, none of them twice unless a file asks for it.
 
 Synthetic prompts are random ids; they cost an engine what any prompt of that length costs, and no prefix cache can
-help. Every phase (warm-up, each repeat) of every cell draws its own, from the seed and the cell's shape.
+help unless the workload gives them a shared prefix. Every phase (warm-up, each repeat) of every cell draws its own, from the seed and the cell's shape.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from trtkit.spec.codec import digest
 from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.model import ModelSpec
-from trtkit.spec.workload import Workload
+from trtkit.spec.workload import SYNTHETIC, Workload
 
-SYNTHETIC, SHAREGPT = "synthetic", "sharegpt"
+SHAREGPT = "sharegpt"
 _SPECIAL_IDS_FILE = "tokenizer.json"
 
 
@@ -50,7 +50,9 @@ def build_prompts(
     allowed = plain_ids(model, tokenizer_dir)
     if workload.dataset == SYNTHETIC:
         counts = [warmup, *[workload.num_requests] * repeats]
-        phases = synthetic_phases(allowed, workload.isl, counts, cell_seed(workload))
+        phases = synthetic_phases(
+            allowed, workload.isl, counts, cell_seed(workload), shared=workload.shared_prefix_tokens
+        )
         return PromptSet(warmup=phases[0], repeats=tuple(phases[1:]))
     if is_sharegpt(workload.dataset):
         return _sharegpt_set(workload, tokenizer_dir, repeats=repeats, warmup=warmup)
@@ -64,8 +66,10 @@ def is_sharegpt(dataset: str) -> bool:
 
 def cell_seed(workload: Workload) -> int:
     """Differs between the cells of one protocol, so that they share no prompt; the load's other details do not count."""
-    shape = (workload.isl, workload.osl, workload.concurrency, workload.request_rate, workload.seed)
-    return int(digest(list(shape)), 16)
+    shape = [workload.isl, workload.osl, workload.concurrency, workload.request_rate, workload.seed]
+    if workload.shared_prefix_tokens:
+        shape.append(workload.shared_prefix_tokens)
+    return int(digest(shape), 16)
 
 
 def plain_ids(model: ModelSpec, tokenizer_dir: Path | None) -> np.ndarray:
@@ -84,23 +88,30 @@ def plain_ids(model: ModelSpec, tokenizer_dir: Path | None) -> np.ndarray:
     return ids
 
 
-def synthetic_phases(allowed: np.ndarray, isl: int, counts: Sequence[int], seed: int) -> list[tuple[np.ndarray, ...]]:
-    """For each count, that many prompts of `isl` random ids; no prompt appears twice in all phases together."""
+def synthetic_phases(
+    allowed: np.ndarray, isl: int, counts: Sequence[int], seed: int, *, shared: int = 0
+) -> list[tuple[np.ndarray, ...]]:
+    """For each count, that many prompts of `isl` random ids; no prompt appears twice in all phases together.
+
+    The first `shared` ids are the same in all of them.
+    """
     if isl < 1:
         raise UsageError(f"--isl is {isl}: synthetic prompts need at least 1 token")
     total = sum(counts)
-    if isl * np.log(allowed.size) < np.log(2.0 * total):
+    own = isl - shared
+    if own * np.log(allowed.size) < np.log(2.0 * total):
         raise UsageError(
-            f"--isl {isl} allows too few distinct prompts ({allowed.size} ids) for {total} requests; "
+            f"--isl {isl} allows too few distinct prompts ({allowed.size} ids, {own} of them free) for {total} requests; "
             "ask for longer prompts or fewer requests"
         )
+    prefix = np.random.default_rng([seed, len(counts)]).choice(allowed, size=shared)
     seen: set[bytes] = set()
     phases = []
     for phase, count in enumerate(counts):
         rng = np.random.default_rng([seed, phase])
         prompts: list[np.ndarray] = []
         while len(prompts) < count:
-            prompt = rng.choice(allowed, size=isl)
+            prompt = np.concatenate([prefix, rng.choice(allowed, size=own)])
             if (key := prompt.tobytes()) not in seen:
                 seen.add(key)
                 prompts.append(prompt)

@@ -109,6 +109,7 @@ class Changes:
     warmup_requests: int | None = None
     dataset: str | None = None
     seed: int | None = None
+    shared_prefix_tokens: int | None = None
     slo: SLO | None = None
     repeats: int | None = None
 
@@ -120,7 +121,7 @@ def changed(protocol: Protocol, changes: Changes) -> Protocol:
     `num_requests` is given.
     """
     workloads = tuple(dict.fromkeys(itertools.chain.from_iterable(_variants(w, changes) for w in protocol.workloads)))
-    distinct = {(w.isl, w.osl, w.concurrency, w.request_rate): w for w in reversed(workloads)}
+    distinct = {(w.isl, w.osl, w.concurrency, w.request_rate, w.shared_prefix_tokens): w for w in reversed(workloads)}
     kept = tuple(w for w in workloads if w in distinct.values())
     result = replace(protocol, workloads=kept, repeats=changes.repeats or protocol.repeats)
     if result == protocol:
@@ -134,13 +135,15 @@ def _variants(workload: Workload, changes: Changes) -> Iterator[Workload]:
         for name in ("num_requests", "warmup_requests", "dataset", "seed", "slo")
         if (value := getattr(changes, name)) is not None
     }
-    workload = replace(workload, **scalars)
+    shared = workload.shared_prefix_tokens if changes.shared_prefix_tokens is None else changes.shared_prefix_tokens
+    workload = replace(workload, **scalars, shared_prefix_tokens=0)
     isls, osls = changes.isl or (workload.isl,), changes.osl or (workload.osl,)
     for isl, osl, (concurrency, rate) in itertools.product(isls, osls, _loads(workload, changes)):
         requests = workload.num_requests
         if changes.num_requests is None and rate is None and concurrency is not None:
             requests = max(requests, MIN_ROUNDS * concurrency)
-        yield replace(workload, isl=isl, osl=osl, concurrency=concurrency, request_rate=rate, num_requests=requests)
+        load = replace(workload, isl=isl, osl=osl, concurrency=concurrency, request_rate=rate, num_requests=requests)
+        yield replace(load, shared_prefix_tokens=shared)
 
 
 def _loads(workload: Workload, changes: Changes) -> list[tuple[int | None, float | None]]:

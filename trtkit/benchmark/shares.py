@@ -34,12 +34,13 @@ class Floor:
 def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int) -> Floor | None:
     """The machine's floor for this cell; None where a rate was not measured.
 
-    A decode step needs the longer of reading (weights once, every cache once) and multiplying.
+    A decode step needs the longer of reading (weights once, every cache once) and multiplying. What block reuse may
+    have computed before counts for nothing in a prompt, and is read once for all.
     """
-    context = mean_context(plan, workload)
-    step_bytes = decode_step_bytes(plan.model, plan.quant, [context] * batch)
+    context, reused = mean_context(plan, workload), workload.reusable_tokens(plan.limits)
+    step_bytes = decode_step_bytes(plan.model, plan.quant, [context, *[context - reused] * (batch - 1)])
     reading = read_limit(limits, step_bytes)
-    prefill_s = prefill_floor_s(plan, limits, workload.isl)
+    prefill_s = prefill_floor_s(plan, limits, workload.isl, cached_tokens=reused)
     token_s = _multiply_s(plan, limits, 1, decode_flops(plan.model, context))
     if prefill_s is None or token_s is None or reading is None or workload.isl == 0:
         return None

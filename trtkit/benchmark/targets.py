@@ -14,7 +14,7 @@ from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.result import EngineRef
 
-_LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "kv_memory_bytes")
+_LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "kv_memory_bytes", "enable_block_reuse")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

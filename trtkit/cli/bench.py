@@ -25,6 +25,7 @@ def command(
     dataset: Annotated[str | None, Option(help="synthetic, sharegpt, sharegpt:FILE or FILE.jsonl.")] = None,
     repeats: Annotated[int | None, Option(min=1, help="Repeats of each cell; intervals need 3.")] = None,
     seed: Annotated[int | None, Option(min=0, help="Seed of prompts and arrivals.")] = None,
+    shared_prefix: Annotated[int | None, Option(min=0, help="Tokens that all prompts of a cell begin with.")] = None,
     slo: Annotated[str | None, Option("--slo", "--goodput", help="Limits in ms: ttft:200,tpot:50,e2el:5000.")] = None,
     output_dir: Annotated[Path | None, Option("--output-dir", "-o", help="Records go here.")] = None,
     label: Annotated[list[str] | None, Option(help="ENGINE=TEXT, or TEXT for a single engine.")] = None,
@@ -33,6 +34,9 @@ def command(
     max_num_tokens: Annotated[int | None, Option(min=1, help="Limit instead of the engine's.")] = None,
     max_seq_len: Annotated[int | None, Option(min=1, help="Limit instead of the engine's.")] = None,
     kv_memory: Annotated[str | None, Option(help="KV pool per rank, e.g. 4GiB.")] = None,
+    reuse_prefix: Annotated[
+        bool | None, Option("--reuse-prefix/--no-reuse-prefix", help="Reuse blocks of earlier prompts, or do not.")
+    ] = None,
     device: Annotated[str | None, Option(help="Device instead of the engine's: cpu or cuda.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show the cells and run nothing.")] = False,
     as_json: JsonFlag = False,

@@ -38,6 +38,7 @@ class BenchFlags:
     dataset: str | None = None
     repeats: int | None = None
     seed: int | None = None
+    shared_prefix: int | None = None
     slo: str | None = None
     output_dir: Path | None = None
     label: Sequence[str] | None = None
@@ -46,6 +47,7 @@ class BenchFlags:
     max_num_tokens: int | None = None
     max_seq_len: int | None = None
     kv_memory: str | None = None
+    reuse_prefix: bool | None = None
     device: str | None = None
     dry_run: bool = False
     as_json: bool = False
@@ -132,6 +134,7 @@ def _changes(flags: BenchFlags) -> Changes:
         warmup_requests=flags.warmup,
         dataset=flags.dataset,
         seed=flags.seed,
+        shared_prefix_tokens=flags.shared_prefix,
         slo=_maybe(parse_slo, flags.slo),
         repeats=flags.repeats,
     )
@@ -144,6 +147,7 @@ def _overrides(flags: BenchFlags) -> dict[str, object]:
         "max_num_tokens": flags.max_num_tokens,
         "max_seq_len": flags.max_seq_len,
         "kv_memory_bytes": None if flags.kv_memory is None else parse_bytes(flags.kv_memory, "--kv-memory"),
+        "enable_block_reuse": flags.reuse_prefix,
         "device": flags.device,
     }
 

@@ -40,6 +40,12 @@ LoadFormat = Annotated[
     str | None, typer.Option(help="auto (default), or dummy: random weights of the true shape, no checkpoint.")
 ]
 KvDtype = Annotated[str | None, typer.Option(help="Type of the KV cache: fp8 or int8 (default: the compute type).")]
+ReusePrefix = Annotated[
+    bool | None,
+    typer.Option(
+        "--reuse-prefix/--no-reuse-prefix", help="Do not compute the beginning of a prompt again (default: off)."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and steps; write nothing.")]
 
 
@@ -62,6 +68,7 @@ def command(
     calib_text: Calib = None,
     load_format: LoadFormat = None,
     kv_dtype: KvDtype = None,
+    reuse_prefix: ReusePrefix = None,
     output: Output = Path("builds"),
     dry_run: DryRun = False,
     force: ForceFlag = False,
@@ -76,6 +83,7 @@ def command(
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, pp=pp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
         allow_approximate=allow_approximate or None, calib_text=calib_text, load_format=load_format, kv_dtype=kv_dtype,
+        reuse_prefix=reuse_prefix,
     )  # fmt: skip
     options = given.over(load_recipe(recipe)) if recipe else given
     plan, source = make_plan(options, dry_run=dry_run)

@@ -71,7 +71,10 @@ def ttft_floor_s(scenario: Scenario) -> float:
 
 
 def max_sequences(scenario: Scenario) -> float:
-    """Sequences of full length whose cache fits beside the weights, if nothing else needed memory."""
+    """Sequences of full length whose cache fits beside the weights, if nothing else needed memory.
+
+    Tokens found in a prefix cache may be held once for all of them.
+    """
     quant = scenario.precision.quant
     pool = scenario.num_gpus * scenario.gpu.memory_bytes - work.weight_bytes(scenario.model, quant)
     length: float = scenario.isl + scenario.osl
@@ -79,7 +82,16 @@ def max_sequences(scenario: Scenario) -> float:
         length = min(length, scenario.kept_tokens)
     if scenario.model.sliding_window is not None:
         length = min(length, scenario.model.sliding_window)
-    return max(pool, 0) / (scenario.model.kv_bytes_per_token(quant.kv) * length)
+    shared = min(scenario.cached_tokens, length - 1)
+    token_bytes = scenario.model.kv_bytes_per_token(quant.kv)
+    return max(pool - shared * token_bytes, 0) / (token_bytes * (length - shared))
+
+
+def step_cache_bytes(scenario: Scenario, running: float) -> float:
+    """Keys and values a decode step must read: of one request all, of the others what they do not have in common."""
+    model, quant, context = scenario.model, scenario.precision.quant, scenario.cached_context
+    own = work.kv_read_bytes(model, quant, [context - min(scenario.cached_tokens, context)])
+    return work.kv_read_bytes(model, quant, [context]) + (running - 1) * own
 
 
 def decode_flops_s_per_token(scenario: Scenario) -> float:
@@ -99,8 +111,7 @@ def tpot_floor_s(scenario: Scenario) -> float:
     if not scenario.static:
         running = max(1, min(running, int(max_sequences(scenario))))
     quant = scenario.precision.quant
-    cache = running * work.kv_read_bytes(scenario.model, quant, [scenario.cached_context])
-    step_bytes = work.weight_read_bytes(scenario.model, quant) + cache
+    step_bytes = work.weight_read_bytes(scenario.model, quant) + step_cache_bytes(scenario, running)
     return max(step_bytes / bandwidth_bytes_s(scenario), running * decode_flops_s_per_token(scenario))
 
 
@@ -112,10 +123,11 @@ def throughput_ceiling(scenario: Scenario) -> float:
     """
     most = max(1.0, max_sequences(scenario))
     # Blocks are taken as tokens arrive, so on average a running request holds only half of its output.
-    most *= (scenario.isl + scenario.osl) / (scenario.isl + scenario.osl / 2)
+    own = scenario.isl - scenario.cached_tokens
+    most *= (own + scenario.osl) / (own + scenario.osl / 2)
     running = most if scenario.concurrency is None else min(most, scenario.concurrency)
-    quant = scenario.precision.quant
-    cache = work.kv_read_bytes(scenario.model, quant, [scenario.cached_context])
-    token_bytes = work.weight_read_bytes(scenario.model, quant) / max(running, 1) + cache
+    running = max(running, 1.0)
+    step_bytes = work.weight_read_bytes(scenario.model, scenario.precision.quant) + step_cache_bytes(scenario, running)
+    token_bytes = step_bytes / running
     token_s = prefill_floor_s(scenario) / scenario.osl + decode_flops_s_per_token(scenario)
     return 1 / max(token_bytes / bandwidth_bytes_s(scenario), token_s)

@@ -146,7 +146,7 @@ def condition_of(workload: Workload) -> str:
     """A workload in a few words."""
     load = f"concurrency {workload.concurrency}" if workload.concurrency is not None else ""
     rate = f"{workload.request_rate:g} requests/s" if workload.request_rate is not None else ""
-    return f"ISL {workload.isl}, OSL {workload.osl}, {', '.join(filter(None, (rate, load)))}"
+    return f"{workload.lengths}, {', '.join(filter(None, (rate, load)))}"
 
 
 def compare_bench(pair: BenchPair) -> list[RatioResult]:

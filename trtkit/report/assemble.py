@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trtkit.plan.prices import PriceBook, load_prices
-from trtkit.report.cells import Notes
+from trtkit.report.cells import Notes, condition
 from trtkit.report.columns import Configuration, configurations
 from trtkit.report.cost_rows import cost_section
 from trtkit.report.facts import check_lines, definitions, environment_facts
@@ -14,6 +14,7 @@ from trtkit.report.rows import detail_sections, memory_section, speed_sections
 from trtkit.report.series import plots
 from trtkit.report.verdict import tiles
 from trtkit.spec.kv import KVFidelity
+from trtkit.spec.result import BenchResult
 
 
 def assemble(records: Records, prices: PriceBook | None = None, *, title: str = "trtkit comparison") -> Report:
@@ -40,7 +41,7 @@ def assemble(records: Records, prices: PriceBook | None = None, *, title: str = 
         tiles=tiles(found, comparison),
         comparison=comparison,
         details=details,
-        notes=(*notes.texts, *_fidelity_notes(found), *mixed, *superseded),
+        notes=(*notes.texts, *_fidelity_notes(found), *_reuse_notes(found), *mixed, *superseded),
         assumptions=assumptions,
         definitions=definitions((*comparison, *details), found),
         checks=check_lines(found),
@@ -56,6 +57,26 @@ def _subtitle(found: tuple[Configuration, ...]) -> str:
     started = sorted(r.environment.started_utc for c in found for r in c.records)
     when = started[0][:10] if started[0][:10] == started[-1][:10] else f"{started[0][:10]} to {started[-1][:10]}"
     return f"{', '.join(models)} on {', '.join(devices)}, {when}"
+
+
+def _reuse_notes(found: tuple[Configuration, ...]) -> tuple[str, ...]:
+    """What block reuse saved, for each record of an engine that has it on."""
+    return tuple(
+        f"{c.column.title}, {condition(result.workload)}: {_reused(result)}"
+        for c in found
+        if c.plan.limits.enable_block_reuse
+        for result in c.bench
+        if result.repeats
+    )
+
+
+def _reused(result: BenchResult) -> str:
+    told = [repeat.kv.prompt_tokens_reused for repeat in result.repeats]
+    found = [tokens for tokens in told if tokens is not None]
+    if len(found) < len(told):
+        return "prefixes are reused; the runtime does not tell how many prompt tokens were"
+    every = sum(sample.prompt_tokens for repeat in result.repeats for sample in repeat.samples)
+    return f"{sum(found):,} of {every:,} prompt tokens were found in blocks of earlier prompts and not computed again"
 
 
 def _fidelity_notes(found: tuple[Configuration, ...]) -> tuple[str, ...]:

@@ -46,9 +46,8 @@ def condition(workload: Workload) -> str:
     else:
         cap = "" if workload.concurrency is None else f", at most {workload.concurrency} in flight"
         load = f"{workload.request_rate:g} requests/s{cap}"
-    lengths = f"ISL {workload.isl or 'as given'}, OSL {workload.osl}"
     data = "" if workload.dataset == "synthetic" else f", {workload.dataset.rsplit('/', 1)[-1]}"
-    return f"{load}, {lengths}{data}"
+    return f"{load}, {workload.lengths}{data}"
 
 
 def metric_cell(result: BenchResult | None, key: str, stat: str, notes: Notes) -> Cell:

@@ -103,7 +103,7 @@ def _configuration(
         engine=engine.name,
         digest=engine.digest,
         precision=_precision_title(plan.quant),
-        kv=_kv_title(plan.kv, engine.fidelity),
+        kv=_kv_title(plan.kv, engine.fidelity) + (", prefixes reused" if plan.limits.enable_block_reuse else ""),
         fidelity=engine.fidelity.value,
         batching=f"batch {plan.limits.max_batch_size}, {plan.limits.max_num_tokens} tokens a step",
         target=plan.target,
@@ -123,6 +123,10 @@ def role_of(plan: BuildPlan) -> str:
 
 
 def _title(engine: EngineRef) -> str:
+    return _role_title(engine) + (" + prefix reuse" if engine.plan.limits.enable_block_reuse else "")
+
+
+def _role_title(engine: EngineRef) -> str:
     precision, kv = _precision_title(engine.plan.quant), _kv_title(engine.plan.kv, engine.fidelity)
     role = role_of(engine.plan)
     if role == BASELINE:

@@ -25,7 +25,7 @@ from trtkit.spec.result import BenchResult, MetricResult, Stat
 
 COST_KEY = "cost_full_load"
 Context = tuple[int, int, str]
-"""ISL, OSL and dataset: a cost row compares the same work."""
+"""ISL, OSL and dataset, or what its prompts share: a cost row compares the same work."""
 
 
 def cost_section(found: Sequence[Configuration], prices: PriceBook, notes: Notes) -> tuple[Section, tuple[Fact, ...]]:
@@ -54,7 +54,9 @@ def cost_section(found: Sequence[Configuration], prices: PriceBook, notes: Notes
 
 
 def _context(result: BenchResult) -> Context:
-    return result.workload.isl, result.workload.osl, result.workload.dataset
+    load = result.workload
+    shared = load.shared_prefix_tokens
+    return load.isl, load.osl, f"{shared} tokens shared" if shared else load.dataset
 
 
 def _label(context: Context) -> str:

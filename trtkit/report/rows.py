@@ -80,7 +80,7 @@ def speed_sections(found: Sequence[Configuration], notes: Notes) -> tuple[Sectio
     loads = workloads(found)
     if not loads:
         return ()
-    lightest = {(w.isl, w.osl, w.dataset): (w, label) for w, label in reversed(loads)}
+    lightest = {(w.isl, w.osl, w.dataset, w.shared_prefix_tokens): (w, label) for w, label in reversed(loads)}
     with_goals = [load for load in loads if load[0].slo != type(load[0].slo)()]
     sections = (
         ("Throughput", [("tps", "value", load) for load in loads]),

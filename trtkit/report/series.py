@@ -46,10 +46,6 @@ def _valid(configuration: Configuration) -> list[BenchResult]:
     return [result for result in configuration.bench if result.valid]
 
 
-def _context(workload: Workload) -> str:
-    return f"ISL {workload.isl or 'as given'}, OSL {workload.osl}"
-
-
 def _point(x: float, metric: MetricResult, stat: str, label: str = "") -> Point:
     found = metric.stats[stat]
     low, high = found.low, found.high
@@ -99,7 +95,7 @@ def _throughput(found: Sequence[Configuration]) -> Plot:
             return None
         return _point(float(result.workload.concurrency or 0), result.metrics["tps"], "value")
 
-    curves = _curves(found, _context, point)
+    curves = _curves(found, lambda w: w.lengths, point)
     return Plot(
         key="throughput",
         title="Throughput by concurrency",
@@ -118,7 +114,8 @@ def _first_token(found: Sequence[Configuration]) -> Plot:
 
     def point(result: BenchResult) -> Point | None:
         workload = result.workload
-        if workload.concurrency != lightest or not workload.isl or not _has(result, "ttft_ms", "p50"):
+        alike = workload.shared_prefix_tokens
+        if workload.concurrency != lightest or not workload.isl or alike or not _has(result, "ttft_ms", "p50"):
             return None
         return _point(float(workload.isl), result.metrics["ttft_ms"], "p50")
 
@@ -145,7 +142,7 @@ def _pareto(found: Sequence[Configuration]) -> Plot:
 
     by_load = [
         replace(curve, points=tuple(sorted(curve.points, key=lambda p: (len(p.label), p.label))))
-        for curve in _curves(found, _context, point)
+        for curve in _curves(found, lambda w: w.lengths, point)
     ]
     curves = tuple(by_load)
     return Plot(
