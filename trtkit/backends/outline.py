@@ -170,7 +170,7 @@ def render(outlined: Outline) -> str:
         f"KV {plan.quant.kv.value}",
         f"  target     {plan.target} on {plan.gpu}, tp {plan.parallel.tp}, pp {plan.parallel.pp}, KV policy {plan.kv.label}",
         f"  limits     {limits.max_batch_size} requests, {limits.max_num_tokens} tokens a step, "
-        f"{limits.max_seq_len} tokens a request",
+        f"{limits.max_seq_len} tokens a request{', prefixes reused' if limits.enable_block_reuse else ''}",
         f"  memory     per device; one longest request's KV {format_gib(found.min_kv_bytes)}, KV pool {pool}",
     ]
     lines += [f"    {line}" for line in memory_table(plan)]

@@ -63,6 +63,7 @@ class BuildOptions:
     calib_text: str | None = None
     load_format: str | None = None
     kv_dtype: str | None = None
+    reuse_prefix: bool | None = None
 
     def over(self, base: BuildOptions) -> BuildOptions:
         """These options, with `base`'s value where nothing was said."""
@@ -251,7 +252,8 @@ def _limits(options: BuildOptions, max_position: int) -> Limits:
         if (value := getattr(options, name)) is not None
     }
     kv_memory = None if options.kv_memory is None else parse_bytes(options.kv_memory, "kv_memory")
-    return Limits(max_seq_len=max_seq_len, kv_memory_bytes=kv_memory, **given)
+    reuse = bool(options.reuse_prefix)
+    return Limits(max_seq_len=max_seq_len, kv_memory_bytes=kv_memory, enable_block_reuse=reuse, **given)
 
 
 def _or(value: int | None, default: int) -> int:
