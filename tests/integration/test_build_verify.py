@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.gptq import write_gptq
+from support.packed_sources import write_packed
 from support.tiny_checkpoints import write_model
 
 from trtkit.backends import verify as verify_module
@@ -140,3 +142,90 @@ def test_a_wrong_gptq_engine_checkpoint_is_refused(
     save_file(tensors, tmp_path / "out" / "rank0.safetensors")
     with pytest.raises(InputError, match="does not compute what transformers does"):
         verify(model, quant, tmp_path / "g", tmp_path / "out")
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A model whose widths have groups."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192}
+    write_model(tmp_path / "w", dtype=torch.float16, vocab_size=300, spread=0.2, **sizes)
+    return tmp_path / "w"
+
+
+@pytest.mark.parametrize(("compute", "tp", "pp"), [(None, 1, 1), (DType.FP32, 2, 1), (DType.BF16, 1, 2)])
+def test_int4_of_plain_weights_differs_by_the_order_of_additions_only(
+    wide: Path, compute: DType | None, tp: int, pp: int
+) -> None:
+    quant = quant_for("int4", compute=compute)
+    convert(wide, wide.parent / "out", quant=quant, parallel=Parallelism(tp=tp, pp=pp))
+    result = verify(load_model_spec(wide), quant, wide, wide.parent / "out")
+    assert 0 < result["drift"] < verify_module.MAX_DRIFT / 20
+    assert 0.01 < result["quantisation_drift"] < 0.5
+
+
+PACKED = [
+    {"method": "gptq", "symmetric": True, "group": 64},
+    {"method": "gptq", "symmetric": False, "group": 64, "version": "gptq_v2"},
+    {"method": "awq", "group": 64},
+    {"method": "compressed-tensors", "symmetric": False, "group": 32},
+    {"method": "compressed-tensors", "symmetric": True, "group": -1},
+]
+
+
+@pytest.mark.parametrize("form", PACKED, ids=lambda form: f"{form['method']}-{form['group']}")
+def test_packed_sources_are_taken_over_and_held_to_their_formats_definition(wide: Path, form: dict[str, Any]) -> None:
+    source, out, quant = wide.parent / "q", wide.parent / "out", quant_for("int4")
+    write_packed(source, wide, **form)
+    convert(source, out, quant=quant, parallel=Parallelism(tp=2))
+    result = verify(load_model_spec(source), quant, source, out)
+    assert 0 < result["drift"] < verify_module.MAX_DRIFT / 20
+    assert result["quantisation_drift"] == 0.0
+
+
+def nibbles_swapped(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    weight = tensors[f"{layer}mlp.proj.weight"]
+    tensors[f"{layer}mlp.proj.weight"] = (weight >> 4) | (weight << 4)
+
+
+def groups_shifted(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    name = f"{layer}mlp.fc.per_group_scale"
+    tensors[name] = tensors[name].roll(1, dims=1)
+
+
+def bytes_shifted(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    name = f"{layer}attention.dense.weight"
+    tensors[name] = tensors[name].roll(2, dims=1)
+
+
+def one_scale_halved(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    tensors[f"{layer}mlp.gate.per_group_scale"][5, 1] /= 2
+
+
+def one_rows_sign(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    tensors[f"{layer}attention.qkv.per_group_scale"][9] *= -1
+
+
+def a_zero_point_off(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    for name in [name for name in tensors if name.startswith(layer) and name.endswith("per_group_scale")]:
+        zero = name.replace("per_group_scale", "per_group_zero")
+        tensors[zero] = tensors.get(zero, torch.zeros_like(tensors[name]))
+        tensors[zero][3] += 1
+
+
+@pytest.mark.parametrize("source", ["plain", "awq"])
+@pytest.mark.parametrize(
+    "damage", [nibbles_swapped, groups_shifted, bytes_shifted, one_scale_halved, one_rows_sign, a_zero_point_off]
+)
+def test_a_wrong_int4_checkpoint_is_refused(
+    wide: Path, source: str, damage: Callable[[dict[str, torch.Tensor], str], None]
+) -> None:
+    origin, out, quant = wide, wide.parent / "out", quant_for("int4")
+    if source == "awq":
+        origin = wide.parent / "q"
+        write_packed(origin, wide, "awq", group=64)
+    convert(origin, out, quant=quant)
+    tensors = load_file(out / "rank0.safetensors")
+    damage(tensors, "transformer.layers.0.")
+    save_file(tensors, out / "rank0.safetensors")
+    with pytest.raises(InputError, match="does not compute what transformers does"):
+        verify(load_model_spec(origin), quant, origin, out)

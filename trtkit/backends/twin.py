@@ -39,6 +39,8 @@ _SCALES = (
     "prequant_scaling_factor",
     "zero",
     "activation_scaling_factor",
+    "per_group_scale",
+    "per_group_zero",
 )
 
 
@@ -122,7 +124,8 @@ def _two_to_a_byte(weight: Tensor, scales: Mapping[str, Tensor]) -> bool:
 def dequantised(weight: Tensor, scales: Mapping[str, Tensor], where: str) -> Tensor:
     """[out, in] in float32; a weight in a floating-point type of 16 or 32 bits is returned as it is.
 
-    Forms, by what lies beside: `per_channel_scale` [out] (INT8 rows, FP8 rows); `weights_scaling_factor` of one element
+    Forms, by what lies beside: `per_channel_scale` [out] (INT8 rows, FP8 rows); `per_group_scale` and perhaps
+    `per_group_zero` [out, groups] (the embedded engine's INT8 and INT4 groups); `weights_scaling_factor` of one element
     (FP8), [out] (SmoothQuant), [out, groups] (AWQ, two rows to a byte, the even one low) or with `zero` [groups, out]
     (GPTQ, whose weight is [in, out]); `prequant_scaling_factor` multiplies the layer's input, so the columns.
 
@@ -134,6 +137,8 @@ def dequantised(weight: Tensor, scales: Mapping[str, Tensor], where: str) -> Ten
     if weight.element_size() > 1:
         return weight
     rows, scale = scales.get("per_channel_scale"), scales.get("weights_scaling_factor")
+    if "per_group_scale" in scales:
+        return _own_groups(weight, scales["per_group_scale"].float(), scales.get("per_group_zero"))
     if rows is not None:
         return weight.float() * rows.float()[:, None]
     if scale is None:
@@ -154,3 +159,18 @@ def dequantised(weight: Tensor, scales: Mapping[str, Tensor], where: str) -> Ten
         values *= scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
     before = scales.get("prequant_scaling_factor")
     return values if before is None else values * before.float()
+
+
+def _own_groups(weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """INT4 lies in 16-bit words: four numbers, each plus 8, of the four fourths of a group, the first fourth lowest."""
+    import torch
+
+    values = weight.float()
+    if weight.dtype is torch.uint8:
+        pairs = weight.to(torch.int32).reshape(weight.shape[0], scale.shape[1], -1, 2)
+        words = pairs[..., 0] + 256 * pairs[..., 1]
+        values = torch.cat([(words >> shift) & 15 for shift in (0, 4, 8, 12)], dim=2).float() - 8
+    grouped = values.reshape(weight.shape[0], scale.shape[1], -1)
+    if zero is not None:
+        grouped = grouped - zero.float()[:, :, None]
+    return (grouped * scale[:, :, None]).reshape(weight.shape[0], -1)
