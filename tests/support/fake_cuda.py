@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 class Stream:
@@ -142,3 +144,60 @@ class FakeCuda:
 
     def _release(self, _: int, pool: tuple[int, int]) -> None:
         self.used[pool] -= 1
+
+
+class _Event:
+    """A moment that has passed: the CPU works in order."""
+
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+
+class PretendedDevice(TorchFunctionMode):
+    """Inside, "cuda" is a device: tensors asked for there lie on the CPU, and torch.cuda answers as an H100 with memory.
+
+    Code that asks which device it was opened on takes its CUDA branches; tensors say that they are the CPU's, so twins
+    run instead of kernels.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, total_bytes: int = 1 << 30) -> None:
+        super().__init__()
+        self.cuda = FakeCuda(monkeypatch)
+        held, peak = 1 << 20, 3 << 20
+        properties = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 << 20, total_memory=total_bytes)
+        answers = {
+            "is_available": True, "mem_get_info": (total_bytes // 2, total_bytes), "memory_allocated": held,
+            "memory_reserved": held, "max_memory_allocated": peak, "reset_peak_memory_stats": None,
+            "get_device_properties": properties, "get_device_capability": (9, 0), "is_current_stream_capturing": False,
+            "get_device_name": "NVIDIA H100 80GB HBM3", "set_device": None,
+        }  # fmt: skip
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+        monkeypatch.setattr(torch.cuda, "Event", _Event)
+        real = torch.Generator
+        monkeypatch.setattr(torch, "Generator", lambda device="cpu": real(_on_cpu(device)))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        given = dict(kwargs or {})
+        if func is torch.device:
+            return func(*args, **given)
+        if "device" in given:
+            given["device"] = _on_cpu(given["device"])
+        if given.pop("pin_memory", False):
+            self.cuda.log.append("pinned")
+        return func(*(_on_cpu(arg) for arg in args), **given)
+
+
+def _on_cpu(value: Any) -> Any:
+    is_cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
+    return "cpu" if is_cuda else value
