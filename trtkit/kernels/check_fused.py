@@ -24,19 +24,20 @@ def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
     """Everything between the matrix products."""
     bound = BOUNDS[shape.dtype]
     cached = max(bound, _FP8_BOUND) if shape.kv_dtype is torch.float8_e4m3fn else bound
-    yield Check(family="fused", name="norm", bound=bound, run=partial(_norm, device, shape))
-    yield Check(family="fused", name="activation", bound=bound, run=partial(_activation, device, shape))
+    yield Check(family="fused", name="norm", bound=bound, run=partial(norm, device, shape))
+    yield Check(family="fused", name="activation", bound=bound, run=partial(activation, device, shape))
     if torch.float8_e4m3fn in shape.weight_dtypes:
         rows = partial(Check, family="fused", bound=_FP8_BOUND, on_failure=_two_kernels_instead)
         yield rows(name="norm to fp8", run=partial(_norm_fp8, device, shape))
         yield rows(name="activation to fp8", run=partial(_activation_fp8, device, shape))
-    yield Check(family="fused", name="rotation and cache write", bound=cached, run=partial(_rotation, device, shape))
+    yield Check(family="fused", name="rotation and cache write", bound=cached, run=partial(rotation, device, shape))
     yield Check(family="fused", name="embedding", bound=0.0, run=partial(_embedding, device, shape))
-    yield Check(family="sampling", name="greedy", bound=0.0, run=partial(_greedy, device, shape))
+    yield Check(family="sampling", name="greedy", bound=0.0, run=partial(largest, device, shape))
     yield Check(family="sampling", name="drawn at random", bound=0.0, run=partial(_drawn, device))
 
 
-def _norm(device: torch.device, shape: CheckShape) -> Answers:
+def norm(device: torch.device, shape: CheckShape) -> Answers:
+    """The sum and its norm, with and without something to add."""
     draws = Draws(device)
     residual, delta = (draws.normal(_TOKENS, shape.hidden_size, dtype=shape.dtype) for _ in range(2))
     weight = draws.normal(shape.hidden_size, dtype=shape.dtype)
@@ -48,7 +49,8 @@ def _norm(device: torch.device, shape: CheckShape) -> Answers:
         yield normed, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON) * weight.double()
 
 
-def _activation(device: torch.device, shape: CheckShape) -> Answers:
+def activation(device: torch.device, shape: CheckShape) -> Answers:
+    """The gate times what it lets through."""
     both = Draws(device).normal(_TOKENS, 2 * shape.intermediate_size, dtype=shape.dtype)
     gate, up = both.double().chunk(2, dim=-1)
     yield fused.silu_mul(both), gate * torch.sigmoid(gate) * up
@@ -93,7 +95,8 @@ def _two_kernels_instead() -> bool:
     return True
 
 
-def _rotation(device: torch.device, shape: CheckShape) -> Answers:
+def rotation(device: torch.device, shape: CheckShape) -> Answers:
+    """Queries, keys and values where they belong, and nothing elsewhere."""
     draws, size, half = Draws(device), shape.tokens_per_block, shape.head_dim // 2
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     qkv = draws.normal(_TOKENS, heads + 2 * kv_heads, shape.head_dim, dtype=shape.dtype)
@@ -135,7 +138,8 @@ def _embedding(device: torch.device, shape: CheckShape) -> Answers:
     yield fused.embed(ids, table), right
 
 
-def _greedy(device: torch.device, shape: CheckShape) -> Answers:
+def largest(device: torch.device, shape: CheckShape) -> Answers:
+    """The largest logit, the lower of two, and rows that are no numbers."""
     logits = Draws(device).normal(5, shape.vocab_size, dtype=shape.dtype)
     last = shape.vocab_size - 1
     logits[0, last], logits[1, 3], logits[1, last], logits[2, 5] = 99, 99, 99, torch.nan

@@ -23,34 +23,38 @@ _EVICTED = 96
 def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
     """Decode, prefill, scores, compaction and ranking."""
     bound = BOUNDS[shape.dtype]
-    yield Check(family="decode", name="decode attention", bound=bound, run=partial(_decode, device, shape))
-    yield Check(family="prefill", name="prefill attention", bound=bound, run=partial(_prefill, device, shape))
-    yield Check(family="score", name="scores of all layers", bound=bound, run=partial(_scores, device, shape))
-    yield Check(family="compact", name="compaction", bound=0.0, run=partial(_compaction, device, shape))
+    yield Check(family="decode", name="decode attention", bound=bound, run=partial(decode, device, shape))
+    yield Check(family="prefill", name="prefill attention", bound=bound, run=partial(prefill, device, shape))
+    yield Check(family="score", name="scores of all layers", bound=bound, run=partial(scores, device, shape))
+    yield Check(family="compact", name="compaction", bound=0.0, run=partial(compaction, device, shape))
     yield Check(family="ranking", name="keeping the best", bound=0.0, run=partial(_ranking, device, shape))
     yield Check(family="ranking", name="bad slots are flagged", bound=0.0, run=partial(_flags, device))
 
 
-def _decode(device: torch.device, shape: CheckShape) -> Answers:
+def decode(
+    device: torch.device, shape: CheckShape, lengths: tuple[int, ...] = _LENGTHS, *, others: tuple[int, ...] = (1, 4)
+) -> Answers:
+    """Decode attention over five sequences, and again in `others` parts each."""
     draws = Draws(device)
-    storage, tables = _cache(draws, shape, _LENGTHS)
-    lengths = torch.tensor(_LENGTHS, dtype=torch.int32, device=device)
-    batch = paged.PagedBatch(cache=storage[1], blocks_BM=tables, lengths_B=lengths)
-    queries = draws.normal(len(_LENGTHS), shape.num_heads, shape.head_dim, dtype=shape.dtype)
+    storage, tables = _cache(draws, shape, lengths)
+    live = torch.tensor(lengths, dtype=torch.int32, device=device)
+    batch = paged.PagedBatch(cache=storage[1], blocks_BM=tables, lengths_B=live)
+    queries = draws.normal(len(lengths), shape.num_heads, shape.head_dim, dtype=shape.dtype)
     ring = torch.full((8, shape.num_heads), torch.nan, device=device)
     places = torch.tensor([3, -1, 0, 7, 5], dtype=torch.int32, device=device)
     out, lse = paged.paged_decode_attention(queries, batch, ring_lse=ring, ring_index_B=places)
-    for row, length in enumerate(_LENGTHS):
-        expected, normal = _dense(queries[row : row + 1], batch, row, length - 1)
+    for row, length in enumerate(lengths):
+        expected, normal = dense(queries[row : row + 1], batch, row, length - 1)
         yield out[row : row + 1], expected
         yield lse[row : row + 1], normal
     for row in (0, 3, 4):
         yield ring[int(places[row])], lse[row]
-    for splits in (1, 4):
+    for splits in others:
         yield paged.paged_decode_attention(queries, batch, splits=splits)[0], out.double()
 
 
-def _prefill(device: torch.device, shape: CheckShape) -> Answers:
+def prefill(device: torch.device, shape: CheckShape) -> Answers:
+    """Pieces of three prompts, one of which begins."""
     draws = Draws(device)
     cached, counts = (0, 300, 77), (130, 37, 1)
     lengths = tuple(before + new for before, new in zip(cached, counts, strict=True))
@@ -65,13 +69,14 @@ def _prefill(device: torch.device, shape: CheckShape) -> Answers:
     first = 0
     for row, count in enumerate(counts):
         rows = slice(first, first + count)
-        expected, normal = _dense(queries[rows], batch, row, cached[row])
+        expected, normal = dense(queries[rows], batch, row, cached[row])
         yield out[rows], expected
         yield lse[rows], normal
         first += count
 
 
-def _scores(device: torch.device, shape: CheckShape) -> Answers:
+def scores(device: torch.device, shape: CheckShape) -> Answers:
+    """What the last queries give to the keys of all layers, set and added up."""
     draws, length, asked = Draws(device), 333, 64
     storage, tables = _cache(draws, shape, (length,))
     queries = draws.normal(_LAYERS, asked, shape.num_heads, shape.head_dim, dtype=shape.dtype)
@@ -97,7 +102,8 @@ def _scores(device: torch.device, shape: CheckShape) -> Answers:
     yield halves, 1.5 * expected
 
 
-def _compaction(device: torch.device, shape: CheckShape) -> Answers:
+def compaction(device: torch.device, shape: CheckShape) -> Answers:
+    """Moves, bit for bit, of keys, values and ledgers."""
     draws, length = Draws(device), 433
     kept, heads = length - _EVICTED, shape.num_kv_heads
     storage, tables = _cache(draws, shape, (length,))
@@ -168,7 +174,7 @@ def _logits(queries_THD: Tensor, keys_HND: Tensor) -> Tensor:
     return grouped @ keys_HND[:, None].transpose(-1, -2) / math.sqrt(dim)
 
 
-def _dense(queries_THD: Tensor, batch: paged.PagedBatch, row: int, cached: int) -> tuple[Tensor, Tensor]:
+def dense(queries_THD: Tensor, batch: paged.PagedBatch, row: int, cached: int) -> tuple[Tensor, Tensor]:
     """Attention of consecutive queries over one sequence in float64: output [T, Hq, D], log-sum-exp [T, Hq]."""
     keys, values = _gathered(batch, row)
     logits = _logits(queries_THD, keys)

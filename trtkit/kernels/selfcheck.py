@@ -92,7 +92,12 @@ class Draws:
 
 
 def self_check(
-    device: torch.device, shape: CheckShape | None = None, *, families: Sequence[str] | None = None
+    device: torch.device,
+    shape: CheckShape | None = None,
+    *,
+    families: Sequence[str] | None = None,
+    thorough: bool = False,
+    limit_s: float = 120.0,
 ) -> tuple[CheckRow, ...]:
     """Check what would run on `device`, and switch off what is wrong.
 
@@ -100,12 +105,26 @@ def self_check(
         device: where the engine will run.
         shape: its sizes and types.
         families: only these; all if None.
+        thorough: then check other models' shapes and odd ones too; what fails there is told and not switched off.
+        limit_s: no odd shape is begun after so many seconds. Each compiles kernels that nothing else here needs.
     """
-    rows = []
-    for check in checks(device, shape or CheckShape()):
-        if (families is None or check.family in families) and check.family not in disabled():
+    started = time.perf_counter()
+    rows = [_tried(check, device) for check in _wanted(checks(device, shape or CheckShape()), families)]
+    if thorough:
+        from trtkit.kernels import check_odd
+
+        for check in _wanted(check_odd.checks(device), families):
+            if time.perf_counter() - started > limit_s:
+                break
             rows.append(_tried(check, device))
     return tuple(rows)
+
+
+def _wanted(offered: Iterable[Check], families: Sequence[str] | None) -> Iterator[Check]:
+    """Those of the named families; asked for one by one, so what was just switched off is left out."""
+    for check in offered:
+        if (families is None or check.family in families) and check.family not in disabled():
+            yield check
 
 
 def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:

@@ -110,6 +110,25 @@ def test_errors_count_against_the_largest_right_value_and_odd_numbers_must_be_al
     assert selfcheck._error(torch.tensor(found), torch.tensor(expected)) == error
 
 
+def test_odd_shapes_are_checked_where_one_asks_and_as_long_as_there_is_time():
+    plain = self_check(CPU, CheckShape(**SMALL))
+    thorough = self_check(CPU, CheckShape(**SMALL), thorough=True)
+    assert [row for row in thorough if not row.ok] == []
+    odd = [row for row in thorough if row.name.startswith("odd shapes")]
+    assert len(thorough) == len(plain) + len(odd)
+    assert {row.family for row in odd} == set(dispatch.FAMILIES) - {"matmul"}
+    assert len({row.name for row in odd}) == len(odd)
+    assert len(self_check(CPU, CheckShape(**SMALL), thorough=True, limit_s=0.0)) == len(plain)
+
+
+def test_an_odd_shape_that_fails_is_told_and_gives_nothing_up(monkeypatch):
+    right = fused.silu_mul
+    monkeypatch.setattr(fused, "silu_mul", lambda both: right(both) * (1.5 if both.shape[1] == 2050 else 1.0))
+    rows = self_check(CPU, CheckShape(**SMALL), families=["fused"], thorough=True)
+    assert [row.name for row in rows if not row.ok] == ["odd shapes: activation of 1025, float32"]
+    assert not dispatch.disabled()
+
+
 def test_another_shape_is_an_error_without_bound():
     assert selfcheck._error(torch.zeros(2), torch.zeros(3)) == float("inf")
 
