@@ -213,7 +213,7 @@ def _quant(options: BuildOptions) -> QuantSpec:
     compute = DType.parse(options.dtype) if options.dtype else None
     quant = quant_for(precision, compute=compute)
     if compute is not None and quant.compute is not compute:
-        raise UsageError(f"dtype {options.dtype} with precision {precision}: dtype is for int8, leave it out")
+        raise UsageError(f"dtype {options.dtype} with precision {precision}: dtype is for int8 and int4, leave it out")
     if options.kv_dtype is None:
         return quant
     kv = DType.parse(options.kv_dtype)

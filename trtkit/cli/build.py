@@ -17,9 +17,12 @@ Model = Annotated[
 ]
 Name = Annotated[str | None, typer.Option(help="Engine name (default: the recipe's, or made from the options).")]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16 (default), bf16, int8, int8-gptq, fp8-rowwise, fp8, int4-awq or int8-sq.")
+    str | None,
+    typer.Option(help="fp32, fp16 (default), bf16, int8, int8-gptq, int4, fp8-rowwise, fp8, int4-awq or int8-sq."),
 ]
-Compute = Annotated[str | None, typer.Option("--dtype", help="Compute type beside int8 weights (default fp16).")]
+Compute = Annotated[
+    str | None, typer.Option("--dtype", help="Compute type beside int8 or int4 weights (default fp16).")
+]
 Gpu = Annotated[str | None, typer.Option(help="Device it is for: cpu (default) or a catalog entry, such as h100.")]
 Tp = Annotated[int | None, typer.Option(help="Tensor-parallel ranks (default 1).")]
 Pp = Annotated[int | None, typer.Option(help="Pipeline-parallel ranks (default 1).")]

@@ -19,10 +19,10 @@ def command(
     source: Annotated[Path, typer.Argument(help="Hugging Face model directory (safetensors, single or sharded).")],
     output: Annotated[Path, typer.Argument(help="Checkpoint directory to create.")],
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8 (weight-only), int8-gptq or fp8-rowwise.")
+        str, typer.Option(help="fp32, fp16, bf16, int8 (weight-only), int8-gptq, int4 or fp8-rowwise.")
     ] = "fp16",
     dtype: Annotated[
-        str | None, typer.Option(help="Compute type beside int8 weights: fp16 (default), bf16 or fp32.")
+        str | None, typer.Option(help="Compute type beside int8 or int4 weights: fp16 (default), bf16 or fp32.")
     ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline-parallel ranks.")] = 1,
@@ -38,7 +38,7 @@ def command(
 
     quant = quant_for(precision, compute=DType.parse(dtype) if dtype else None)
     if dtype and quant.compute is not DType.parse(dtype):
-        raise UsageError(f"--dtype {dtype} with --precision {precision}: --dtype is for int8, leave it out")
+        raise UsageError(f"--dtype {dtype} with --precision {precision}: --dtype is for int8 and int4, leave it out")
     parallel = Parallelism(tp=tp, pp=pp)
     with progress_bars(quiet=as_json) as progress:
         result = convert(source, output, quant=quant, parallel=parallel, target=target, force=force, progress=progress)

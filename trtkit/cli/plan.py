@@ -16,7 +16,7 @@ def command(
     recipes: Annotated[list[str] | None, typer.Argument(help="Recipes: names or TOML files.")] = None,
     model: Annotated[str | None, Option("--model", "-m", help="Preset, hub id, or a directory.")] = None,
     gpu: Annotated[str | None, Option(help="GPU of the catalog; several with commas in a search.")] = None,
-    precision: Annotated[str, Option(help="fp16, bf16, fp8, int8, int8-sq, int4-awq, ...")] = "fp16",
+    precision: Annotated[str, Option(help="fp16, bf16, fp8, int8, int8-sq, int4, int4-awq, ...")] = "fp16",
     kv: Annotated[str, Option(help="KV policy, e.g. full, h2o:50%.")] = "full",
     kv_dtype: Annotated[str, Option(help="Cache type; by default what the engine would use.")] = "",
     tp: Annotated[int, Option(min=1, help="Tensor-parallel ranks.")] = 1,

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from support.packed_sources import write_packed
 from support.tiny_checkpoints import write_model
 
 from trtkit.backends import build as build_module
@@ -21,7 +22,14 @@ from trtkit.plan.memory import Placement, plan_memory
 from trtkit.spec.bundle import open_bundle
 from trtkit.spec.catalog import gpu_spec, model_preset
 from trtkit.spec.dtype import DType
-from trtkit.spec.errors import CapacityError, InputError, MissingDependencyError, OutputError, UsageError
+from trtkit.spec.errors import (
+    CapacityError,
+    InputError,
+    MissingDependencyError,
+    OutputError,
+    UnsupportedError,
+    UsageError,
+)
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
@@ -145,6 +153,27 @@ def test_build_and_plan_agree_on_what_fits_one_h100(precision: str, max_seq_len:
         check_fit(plan)
     offered = int(re.findall(r"--max-seq-len (\d+)", str(caught.value))[0])
     check_fit(dataclasses.replace(plan, limits=dataclasses.replace(limits, max_seq_len=offered)))
+
+
+def test_int4_records_the_groups_that_the_models_widths_and_ranks_have(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", hidden_size=128, intermediate_size=384)
+    for tp, group in ((1, 128), (2, 64), (4, 32)):
+        plan = plan_of(tmp_path / "m", precision="int4", tp=tp)
+        assert (plan.quant.group_size, plan.quant.zero_points) == (group, False)
+    assert f"int4 in groups of {group}, compute fp16" in render(outline(plan, tmp_path))
+    write_model(tmp_path / "narrow")
+    with pytest.raises(UnsupportedError, match=r"MLP width 48 on each of 1 rank.*--precision int8") as caught:
+        plan_of(tmp_path / "narrow", precision="int4")
+    assert "\n" not in str(caught.value)
+
+
+def test_int4_records_what_a_quantised_source_has(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", hidden_size=128, intermediate_size=384)
+    write_packed(tmp_path / "awq", tmp_path / "m", "awq", group=64)
+    plan = plan_of(tmp_path / "awq", precision="int4")
+    assert (plan.quant.group_size, plan.quant.zero_points) == (64, True)
+    with pytest.raises(UnsupportedError, match="this one is INT4 AWQ: use --precision int4"):
+        plan_of(tmp_path / "awq", precision="int8-gptq")
 
 
 def test_a_pool_below_one_request_is_refused() -> None:
