@@ -18,6 +18,7 @@ from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
 from trtkit.engine.speculation import decode_rows
 from trtkit.engine.weights import ModelWeights
+from trtkit.kernels.sampling import sample_rows
 from trtkit.kernels.tuning import forget_choices
 from trtkit.kv.ledger import BYTES_PER_SLOT
 from trtkit.spec.dtype import DType
@@ -155,6 +156,7 @@ def _activation_bytes(weights: ModelWeights, limits: Limits, kv_dtype: DType, de
     runner = DeviceRunner(weights, cache, limits)
     for tokens in (limits.max_num_tokens, *(n for n in _WARM_TOKENS if n < limits.max_num_tokens)):
         _read_prompts(runner, limits, tokens)
+    _draw_once(weights, device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -168,6 +170,13 @@ def _read_prompts(runner: DeviceRunner, limits: Limits, tokens: int) -> None:
     runner.run(rows, [])
     for row in rows:
         runner.forget(row.sequence)
+
+
+def _draw_once(weights: ModelWeights, device: str) -> None:
+    """Have the kernel that draws tokens at random compiled, which no greedy step needs."""
+    logits_RV = torch.zeros(1, weights.model.vocab_size, dtype=weights.dtype, device=device)
+    real = torch.ones(1, dtype=torch.float64, device=device)
+    sample_rows(logits_RV, real, real.to(torch.int32), real, real / 2)
 
 
 def _request(count: int) -> Request:

@@ -11,9 +11,10 @@ import pytest
 from support.engine_models import limits, make_hf, spec_of
 from support.fake_cuda import PretendedDevice
 
-from trtkit.engine.device import capture, graphs
+from trtkit.engine.device import capture, graphs, sampling, setup
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_embedded
+from trtkit.kernels.sampling import sample_rows
 from trtkit.spec.bundle import EngineBundle, Manifest
 from trtkit.spec.engine import Request, Sampling
 from trtkit.spec.kv import KVFidelity, parse_kv_policy
@@ -105,3 +106,22 @@ def test_an_engine_whose_steps_cannot_be_captured_opens_and_writes_the_same(
         (note,) = engine.info.notes
         assert "runs eagerly: called a synchronizing" in note
         assert _tokens(engine) == expected
+
+
+def test_opening_has_a_token_drawn_at_random_as_steps_will_have_it_so_that_no_request_waits_for_its_kernel(
+    tmp_path: Path, device: PretendedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    def note(*operands: Any) -> Any:
+        drawn.append([(operand.dtype, operand.stride()) for operand in operands])
+        return sample_rows(*operands)
+
+    monkeypatch.setattr(setup, "sample_rows", note)
+    monkeypatch.setattr(sampling, "sample_rows", note)
+    with device:
+        engine = open_embedded(_bundle(tmp_path, "int8", "full"))
+        (at_opening,) = drawn
+        _tokens(engine)
+    assert len(drawn) > 1
+    assert all(each == at_opening for each in drawn)
