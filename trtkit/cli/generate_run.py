@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trtkit.backends import open_engine
 from trtkit.backends.tokenizer import Tokenizer, load_tokenizer
-from trtkit.spec.bundle import open_bundle
+from trtkit.spec.bundle import EngineBundle, open_bundle
 from trtkit.spec.engine import Engine, FinishReason, Request, Sampling, TokenEvent
 from trtkit.spec.errors import EngineError, InputError, UsageError
 from trtkit.spec.kv import parse_kv_policy
@@ -170,13 +170,18 @@ def _next_piece(tokenizer: Tokenizer, ids: Sequence[int], shown: str, *, final: 
     return (text[len(shown) :], text) if text.startswith(shown) else ("", shown)
 
 
+def _open_to_talk(bundle: EngineBundle) -> Engine:
+    """Every question brings the conversation so far with it; where its blocks may be kept, that is not computed again."""
+    return open_engine(bundle.path, enable_block_reuse=bundle.manifest.plan.kv.is_full)
+
+
 def chat(
     path: Path, *, max_tokens: int, sampling: Sampling, read: Callable[[str], str], write: Callable[[str], object]
 ) -> None:
     """Talk until /exit or the end of input. `read` takes a prompt and returns a line, `write` prints without a newline."""
     bundle = open_bundle(path)
     tokenizer = load_tokenizer(bundle.tokenizer_dir)
-    with open_engine(path) as engine:
+    with _open_to_talk(bundle) as engine:
         conversation = Chat(engine=engine, tokenizer=tokenizer, max_tokens=max_tokens, sampling=sampling)
         write(f"{bundle.name}: /exit leaves, Ctrl-C ends an answer\n")
         for line in _lines(lambda: read("> ")):
@@ -193,7 +198,7 @@ def chat_json(
     """The same for programs: a question per line in, one JSON object per line out: `user`, `assistant`, `error`."""
     bundle = open_bundle(path)
     tokenizer = load_tokenizer(bundle.tokenizer_dir)
-    with open_engine(path) as engine:
+    with _open_to_talk(bundle) as engine:
         conversation = Chat(engine=engine, tokenizer=tokenizer, max_tokens=max_tokens, sampling=sampling)
         for line in _lines(lambda: read("")):
             pieces: list[str] = []

@@ -199,6 +199,31 @@ def test_a_gpu_record_is_held_against_the_datasheet():
     assert broken["datasheet_limit.tpot_ms"] == "fail"
 
 
+def test_a_gpu_record_with_block_reuse_is_held_against_what_it_had_to_compute():
+    result = synthetic_records.bench(isl=4096)
+    plan = replace(result.engine.plan, gpu="h100-sxm")
+
+    def check(load, limits, ttft_ms=1e-9):
+        quick = replace(result.metrics["ttft_ms"], stats={"p50": synthetic_records.stat(ttft_ms)})
+        record = replace(
+            result,
+            engine=replace(result.engine, plan=replace(plan, limits=limits)),
+            workload=load,
+            environment=synthetic_records.environment(device="cuda:0"),
+            metrics={"ttft_ms": quick},
+        )
+        return next(c for c in check_result(record) if c.name == "datasheet_limit.ttft_ms")
+
+    alike = replace(result.workload, shared_prefix_tokens=4095)
+    reusing = replace(plan.limits, enable_block_reuse=True)
+    whole = check(alike, plan.limits)
+    assert check(result.workload, reusing).detail == whole.detail, "prompts without a shared prefix have nothing to reuse"
+    assert check(alike, reusing).detail != whole.detail
+    between_ms = 0.01
+    assert check(alike, plan.limits, between_ms).status == "fail"
+    assert check(alike, reusing, between_ms).status == "pass"
+
+
 def test_a_records_checks_are_its_findings(tmp_path):
     result = replace(synthetic_records.bench(), shares=share(1.3))
     path = tmp_path / "r.json"

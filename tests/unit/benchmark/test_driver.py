@@ -80,6 +80,13 @@ def test_a_counter_the_runtime_does_not_tell_stays_unknown() -> None:
     assert (grown.evictions, grown.preemptions) == (None, 2)
 
 
+def test_reused_tokens_are_those_of_the_repeat_and_cached_blocks_those_at_its_end() -> None:
+    pool = {"tokens_per_block": 4, "block_bytes": 1, "blocks_total": 9, "blocks_used": 0, "blocks_peak": 0}
+    before = KVStats(**pool, prompt_tokens_reused=40, blocks_cached=3)
+    grown = since(before, KVStats(**pool, prompt_tokens_reused=100, blocks_cached=7))
+    assert (grown.prompt_tokens_reused, grown.blocks_cached) == (60, 7)
+
+
 def test_progress_counts_ended_requests() -> None:
     engine = FakeEngine()
     seen: list[int] = []

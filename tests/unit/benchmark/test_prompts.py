@@ -119,3 +119,20 @@ def test_a_wrong_line_is_named_by_its_number(tmp_path: Path, row: object, messag
 def test_a_missing_file_says_what_a_dataset_may_be(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; --dataset is synthetic, sharegpt"):
         build(replace(LOAD, dataset=str(tmp_path / "no.jsonl")))
+
+
+def test_prompts_with_a_shared_prefix_differ_in_the_rest_alone() -> None:
+    shared = every(build(replace(LOAD, shared_prefix_tokens=16)))
+    assert len({prompt[:16] for prompt in shared}) == 1
+    assert len({prompt[16:] for prompt in shared}) == len(shared)
+    assert {len(prompt) for prompt in shared} == {20}
+
+
+def test_cells_with_other_shared_prefixes_share_none() -> None:
+    one, other = (every(build(replace(LOAD, shared_prefix_tokens=count))) for count in (16, 12))
+    assert one[0][:8] != other[0][:8] != every(build())[0][:8]
+
+
+def test_a_prefix_that_leaves_too_few_prompts_is_refused() -> None:
+    with pytest.raises(UsageError, match="1 of them free"):
+        build(replace(LOAD, shared_prefix_tokens=19, num_requests=5000))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,19 @@ def test_flags_replace_their_axis_and_the_name_says_so() -> None:
     assert protocol.name == "token-tax (modified)"
     assert protocol.repeats == 3
     assert [(w.concurrency, w.isl, w.num_requests) for w in protocol.workloads] == [(2, 128, 10), (64, 128, 10)]
+
+
+def test_a_shared_prefix_is_held_against_the_length_that_will_run() -> None:
+    demo = load_protocol("demo")
+    (load,) = changed(demo, Changes(concurrency=[1], isl=[4096], shared_prefix_tokens=4000)).workloads
+    assert (load.isl, load.shared_prefix_tokens) == (4096, 4000)
+    alike = replace(demo, workloads=(load,))
+    (plain,) = changed(alike, Changes(isl=[64], shared_prefix_tokens=0)).workloads
+    assert (plain.isl, plain.shared_prefix_tokens) == (64, 0)
+    with pytest.raises(UsageError, match="below --isl 64"):
+        changed(alike, Changes(isl=[64]))
+    both = replace(demo, workloads=(load, replace(load, shared_prefix_tokens=0)))
+    assert len(changed(both, Changes(seed=3, shared_prefix_tokens=None)).workloads) == 2
 
 
 def test_a_new_concurrency_gets_enough_requests_unless_their_number_is_given() -> None:

@@ -149,3 +149,19 @@ def test_a_share_of_the_cache_is_taken_of_each_requests_context_as_the_engine_do
     assert lowered_kv(half, replace(load, isl=0)).budget == 80
     assert lowered_kv(replace(plan, kv=parse_kv_policy("h2o:8,interval=4")), load).interval == 4
     assert lowered_kv(plan, load).is_full
+
+
+REUSING = replace(PLAN, limits=Limits(enable_block_reuse=True, tokens_per_block=4))
+
+
+def test_what_block_reuse_may_skip_counts_for_nothing_and_is_read_once() -> None:
+    load = replace(LOAD, isl=20, shared_prefix_tokens=18)
+    plain, reusing = floor(PLAN, load, limits(), 3), floor(REUSING, load, limits(), 3)
+    assert plain.prefill_s == pytest.approx(prefill_flops(PLAN.model, 20) / 1e9)
+    assert reusing.prefill_s == pytest.approx(prefill_flops(PLAN.model, 20, cached_tokens=16) / 1e9)
+    reading = floor(REUSING, load, limits(multiply=1e15), 3)
+    assert reading.step_s == pytest.approx(decode_step_bytes(PLAN.model, PLAN.quant, [21.5, 5.5, 5.5]) / 1e9)
+
+
+def test_block_reuse_skips_nothing_of_prompts_that_share_nothing() -> None:
+    assert floor(REUSING, LOAD, limits(), 3) == floor(PLAN, LOAD, limits(), 3)

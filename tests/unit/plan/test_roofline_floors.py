@@ -70,6 +70,21 @@ def test_a_prefix_cache_lowers_the_first_token_but_not_below_reading_the_weights
     assert cached.ttft_ms.value >= 34.0
 
 
+def test_tokens_in_common_are_held_and_read_once():
+    plain = scenario(isl=4096, osl=1, concurrency=32, gpu="h100", precision="int8", tp=2)
+    shared = replace(plain, cached_tokens=4096)
+    assert max_sequences(shared) > 100 * max_sequences(plain)
+    token_ms = 327_680 / (2 * 3.35e12) * 1e3
+    saved = floors(plain).tpot_ms.value - floors(shared).tpot_ms.value
+    assert saved == pytest.approx(31 * 4096 * token_ms, rel=1e-3)
+    assert throughput_ceiling(shared) > throughput_ceiling(plain)
+
+
+def test_one_request_alone_reads_all_of_its_cache():
+    plain = scenario(isl=4096)
+    assert floors(replace(plain, cached_tokens=4096)).tpot_ms == floors(plain).tpot_ms
+
+
 def test_eviction_raises_what_fits_and_never_lowers_prefill():
     plain = scenario(isl=4096, osl=256)
     evicted = replace(plain, kept_tokens=2048)

@@ -71,6 +71,15 @@ def test_only_a_cache_that_is_tuned_otherwise_than_the_baseline_is_called_tuned(
     assert "tuned batching" in titles(bench("fp32"), bench("int8-h2o"))[1]
 
 
+def test_an_engine_that_reuses_prefixes_says_so() -> None:
+    result = bench()
+    plan = replace(result.engine.plan, limits=replace(result.engine.plan.limits, enable_block_reuse=True))
+    reusing = replace(result, engine=replace(result.engine, plan=plan))
+    (found,) = configurations([reusing], ())[0]
+    assert (found.column.title, found.column.kv) == ("Baseline (FP32) + prefix reuse", "full, prefixes reused")
+    assert titles(result) == ["Baseline (FP32)"]
+
+
 def test_columns_of_one_title_are_told_apart_by_engine() -> None:
     other = replace(bench(), engine=replace(engine("fp32"), name="other", digest="other"))
     assert titles(bench(), other) == ["Baseline (FP32) [fp32]", "Baseline (FP32) [other]"]

@@ -186,6 +186,50 @@ def test_a_workload_without_load_is_refused(change: dict[str, object]) -> None:
         Workload(**{"isl": 8, "osl": 8, "num_requests": 1, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shared_prefix_tokens": 8}, "must be above 0 and below --isl 8"),
+        ({"shared_prefix_tokens": -1}, "must be above 0 and below --isl 8"),
+        ({"shared_prefix_tokens": 4, "dataset": "a.jsonl"}, "only synthetic prompts are made with one"),
+    ],
+)
+def test_a_shared_prefix_that_prompts_cannot_have_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Workload(**{"isl": 8, "osl": 8, "num_requests": 1, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "reusable"),
+    [
+        ({"shared_prefix_tokens": 70}, 64),
+        ({"shared_prefix_tokens": 64}, 64),
+        ({"shared_prefix_tokens": 63}, 32),
+        ({}, 0),
+        ({"dataset": "a.jsonl"}, 96),
+        ({"dataset": "a.jsonl", "isl": 97}, 96),
+        ({"dataset": "a.jsonl", "isl": 96}, 64),
+        ({"dataset": "a.jsonl", "isl": 0}, 0),
+    ],
+)
+def test_what_may_be_reused_is_whole_blocks_and_never_the_last_token(change: dict[str, object], reusable: int) -> None:
+    load = Workload(**{"isl": 100, "osl": 8, "num_requests": 1, **change})
+    assert load.reusable_tokens(Limits(enable_block_reuse=True, tokens_per_block=32)) == reusable
+    assert load.reusable_tokens(Limits(tokens_per_block=32)) == 0
+
+
+def test_a_pool_that_sizes_itself_is_bounded_by_what_can_be_used() -> None:
+    sizes = {"max_batch_size": 3, "max_seq_len": 65, "tokens_per_block": 32}
+    assert Limits(**sizes).most_blocks == 9
+    assert Limits(**sizes, enable_block_reuse=True).most_blocks == 18
+
+
+def test_a_workload_without_a_shared_prefix_keeps_its_digest() -> None:
+    load = Workload(isl=8, osl=8, num_requests=1)
+    assert "shared_prefix_tokens" not in to_plain(load)
+    assert (load.lengths, replace(load, shared_prefix_tokens=4).lengths) == ("ISL 8, OSL 8", "ISL 8 (4 shared), OSL 8")
+
+
 def test_a_protocol_needs_a_workload_and_a_repeat() -> None:
     load = Workload(isl=8, osl=8, num_requests=1)
     for change in ({"workloads": ()}, {"workloads": (load,), "repeats": 0}):
