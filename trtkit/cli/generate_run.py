@@ -172,7 +172,10 @@ def _next_piece(tokenizer: Tokenizer, ids: Sequence[int], shown: str, *, final: 
 
 def _open_to_talk(bundle: EngineBundle) -> Engine:
     """Every question brings the conversation so far with it; where its blocks may be kept, that is not computed again."""
-    return open_engine(bundle.path, enable_block_reuse=bundle.manifest.plan.kv.is_full)
+    plan = bundle.manifest.plan
+    return open_engine(
+        bundle.path, **({"enable_block_reuse": True} if plan.target == "embedded" and plan.kv.is_full else {})
+    )
 
 
 def chat(
