@@ -37,6 +37,8 @@ from trtkit.spec.workload import Workload
 PROTOCOL = "gpu-llama70b"
 MARGIN_S = 5.0
 """What is kept of the time limit for closing the engine and writing."""
+STALL_S = 60.0
+"""Silence while tokens are owed after which an engine is ended: a kernel that hangs costs its cell, not the call."""
 ROOMY_FRACTION = 0.7
 LOST = "engine: "
 _TOO_LITTLE_MEMORY = ("out of memory", "not enough memory", "buffers beside the kv pool")
@@ -183,7 +185,7 @@ def _attempt(
     started = time.monotonic()
     left_s = max(sweep.left_s() - MARGIN_S, 1.0)
     try:
-        timeouts = Timeouts(start_s=left_s, stall_s=left_s, close_s=10.0)
+        timeouts = Timeouts(start_s=left_s, stall_s=min(left_s, STALL_S), close_s=10.0)
         log = _log_of(outcome.plan, sweep)
         engine = RemoteEngine(target.path, target.overrides, opener=sweep.opener, timeouts=timeouts, log_path=log)
     except TrtkitError as error:

@@ -20,6 +20,11 @@ def open_dying(path: Path, /, **_overrides: object) -> FakeEngine:
     return FakeEngine(script_of(path, die_at_token=40), clock=RealClock())
 
 
+def open_hanging(path: Path, /, **_overrides: object) -> FakeEngine:
+    """Falls silent in its first cell with more than one request in flight, as behind a kernel that never ends."""
+    return FakeEngine(script_of(path, hang_at_token=40), clock=RealClock())
+
+
 def open_greedy(path: Path, /, **_overrides: object) -> FakeEngine:
     """Finds too little memory unless much is left free."""
     if open_bundle(path).manifest.plan.limits.kv_fraction > 0.8:
