@@ -173,9 +173,8 @@ def _next_piece(tokenizer: Tokenizer, ids: Sequence[int], shown: str, *, final: 
 def _open_to_talk(bundle: EngineBundle) -> Engine:
     """Every question brings the conversation so far with it; where its blocks may be kept, that is not computed again."""
     plan = bundle.manifest.plan
-    return open_engine(
-        bundle.path, **({"enable_block_reuse": True} if plan.target == "embedded" and plan.kv.is_full else {})
-    )
+    keeps = {"enable_block_reuse": True} if plan.target == "embedded" and plan.kv.is_full else {}
+    return open_engine(bundle.path, **keeps)
 
 
 def chat(
