@@ -81,6 +81,7 @@ CASES = {
     "decode fp32": lambda: _decode(torch.float32, group=4, splits=2, dim=64, heads=2),
     "prefill bf16": lambda: _prefill(torch.bfloat16),
     "prefill bf16, fp8 cache": lambda: _prefill(torch.bfloat16, FP8, block=64),
+    "prefill fp16, blocks of 64": lambda: _prefill(torch.float16, block=64),
     "prefill fp32": lambda: _prefill(torch.float32, group=4, dim=64, heads=2),
     "score bf16": lambda: _score(torch.bfloat16),
     "score bf16, a piece of a prompt": lambda: _score(torch.bfloat16, count=256),
