@@ -5,7 +5,7 @@ Sizes are small and vocabularies tiny, so that prompts meet by chance as well as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +16,9 @@ from support.device_engines import Replays, open_device
 from support.engine_models import make_hf, open_hf
 
 from trtkit.engine.loop import EmbeddedEngine
+from trtkit.engine.sequence import Sequence
 from trtkit.spec.engine import FinishReason, Request, Sampling
+from trtkit.spec.speculation import SpeculationSpec
 
 
 @cache
@@ -133,3 +135,37 @@ def test_reuse_changes_no_token_on_the_device_path(load: list[Work], options: di
     _same(told, _told(reusing, load), load)
     _same(told, _told(reusing, load), load)
     assert len(reusing._runner._free) == reusing.info.max_batch_size, "every place in the last tokens is free again"
+
+
+class HalfRight:
+    """Guesses what will be written, with every third position wrong."""
+
+    def __init__(self, told: dict[str, list[int]]) -> None:
+        self.told = told
+
+    def propose(self, sequence: Sequence, most: int) -> list[int]:
+        written = self.told[sequence.request_id]
+        start = len(sequence.output_ids)
+        return [token if place % 3 else 95 - token for place, token in enumerate(written[start : start + most], start)]
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    load=st.lists(works, min_size=1, max_size=6),
+    options=engines,
+    drafts=st.integers(1, 6),
+    opened=st.sampled_from([open_hf, open_device]),
+)
+def test_reuse_and_guessing_together_change_no_token(
+    load: list[Work], options: dict[str, int], drafts: int, opened: Callable[..., EmbeddedEngine]
+) -> None:
+    told = _told(opened(_hf(), max_seq_len=64, **options), load)
+    guesses = SpeculationSpec(kind="ngram", max_draft_tokens=drafts, adaptive=False)
+    both = opened(
+        _hf(), max_seq_len=64, enable_block_reuse=True, speculation=guesses, proposer=HalfRight(told), **options
+    )
+    _same(told, _told(both, load), load)
+    _same(told, _told(both, load), load)
