@@ -1,7 +1,7 @@
 """What a cell should take, written down before it runs: two floors and a prediction, none of them measured.
 
 Floors divide counted work (`trtkit.plan.work`) by somebody's rates: this machine's measured ceilings, or the datasheet's.
-The prediction allows for what kernels leave unused. Its shares are assumed, from the aims of the kernels, until a GPU has
+The prediction allows for what kernels leave unused, and takes every guess of a speculating engine to be wrong. Its shares are assumed, from the aims of the kernels, until a GPU has
 been measured; `bench/LOG.md` keeps how far off they were. A decode step lasts as long as the slower of reading its weights
 and multiplying, then come its caches and small kernels.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from bench.gpu.memory import most_in_flight
 from trtkit.benchmark.shares import floor as measured_floor
-from trtkit.benchmark.shares import mean_context, multiply_limit, prefill_floor_s, wide_limit
+from trtkit.benchmark.shares import mean_context, multiply_limit, wide_limit
 from trtkit.plan.work import attention_flops, head_flops, kv_read_bytes, linear_flops_per_token, weight_read_bytes
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.dtype import DType
@@ -38,6 +38,8 @@ WIDENING_BYTES = 4.0
 """Bytes moved for each weight that is widened first: written and read again in 16 bits."""
 STEP_OVERHEAD_MS = 1.0
 """A decode step's small kernels, 0.7 ms by the count in bench/LOG.md, and attention's second pass."""
+GUESSING_MS = 1.5
+"""What a step waits for a host that must know its tokens before it guesses the next ones: no step overlaps the next."""
 ATTAINED = {READ_BYTES_S: 0.90, matmul_key(DType.FP8): 0.70}
 ATTAINED_PRODUCT = 0.80
 """What a ceiling measured on such a card is of its datasheet; stands in for a probe before there is one."""
@@ -89,7 +91,7 @@ def cell_numbers(
 def running_batch(plan: BuildPlan, workload: Workload) -> int:
     """Requests in flight at most: asked, admitted, and fitting the modeled pool."""
     asked = min(workload.concurrency or plan.limits.max_batch_size, plan.limits.max_batch_size)
-    fits = most_in_flight(plan, workload.isl + workload.osl)
+    fits = most_in_flight(plan, workload.isl + workload.osl, workload.reusable_tokens(plan.limits))
     return max(1, asked if fits is None else min(asked, fits))
 
 
@@ -98,10 +100,9 @@ def floor_numbers(
 ) -> Numbers | None:
     """Counted work over rates, no overhead at all."""
     least = measured_floor(plan, workload, limits, batch) if limits else None
-    prefill_s = prefill_floor_s(plan, limits, workload.isl, cached_tokens=cached_tokens(plan, workload))
-    if least is None or prefill_s is None:
+    if least is None:
         return None
-    return _numbers(workload, batch, prefill_s, least.step_s, source, "counted work / rates")
+    return _numbers(workload, batch, least.prefill_s, least.step_s, source, "counted work / rates")
 
 
 def attainable(gpu: str) -> dict[str, Measured]:
@@ -117,7 +118,7 @@ def predict(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured],
     """The floor by ceilings, with assumed shares for reading weights and caches and multiplying, and small kernels."""
     if multiply_limit(plan, limits) is None or READ_BYTES_S not in limits or workload.isl == 0:
         return None
-    step_s = step_seconds(plan, workload, limits, batch)
+    step_s = step_seconds(plan, workload, limits, batch, guesses(plan, batch))
     return _numbers(
         workload, batch, _prompt_s(plan, workload, limits), step_s, Source.ASSUMED, "ceilings x assumed shares"
     )
@@ -126,8 +127,8 @@ def predict(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured],
 def step_seconds(
     plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int, drafts: int = 0
 ) -> float:
-    """One decode step of `batch` requests. With `drafts` guessed tokens each has so many more rows, and every row reads
-    the request's cache for itself.
+    """One decode step of `batch` requests. With `drafts` guessed tokens each has so many more rows, every row reads the
+    request's cache for itself, and the host works between steps.
     """
     model, quant, reading = plan.model, plan.quant, limits[READ_BYTES_S].value
     rows = batch * (1 + drafts)
@@ -138,7 +139,15 @@ def step_seconds(
     rate = wide_limit(plan, limits, rate) if rows <= DECODE_ROWS else rate
     products_s = rows * (linear_flops_per_token(model) + head_flops(model)) / (rate.value * FUSED_MATMUL_SHARE)
     cache_s = kv_read_bytes(model, quant, [mean_context(plan, workload)] * rows) / (reading * KV_READ_SHARE)
-    return max(weights_s, products_s) + cache_s + STEP_OVERHEAD_MS / MS_PER_S
+    overhead_ms = STEP_OVERHEAD_MS + (GUESSING_MS if drafts else 0.0)
+    return max(weights_s, products_s) + cache_s + overhead_ms / MS_PER_S
+
+
+def guesses(plan: BuildPlan, batch: int) -> int:
+    """Tokens that each of `batch` requests has checked in a step: as many as the plan says, in steps of at most 64 rows."""
+    if plan.speculation is None:
+        return 0
+    return max(0, min(plan.speculation.max_draft_tokens, DECODE_ROWS // batch - 1))
 
 
 def small_kernel_bytes(plan: BuildPlan, tokens: int) -> float:
@@ -164,7 +173,7 @@ def _prompt_s(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured
     model, quant = plan.model, plan.quant
     rate, reading = multiply_limit(plan, limits), limits[READ_BYTES_S].value
     assert rate is not None
-    together, found = workload.concurrency or 1, cached_tokens(plan, workload)
+    together, found = workload.concurrency or 1, workload.reusable_tokens(plan.limits)
     new = workload.isl - found
     tokens = together * new
     fused = quant.is_weight_only and min(tokens, plan.limits.max_num_tokens) <= FUSED_TOKENS
@@ -178,14 +187,6 @@ def _prompt_s(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured
     products_s = new * linear_flops_per_token(model) / (rate.value * share) + head_flops(model) / (wide * share)
     computed_s = products_s + attention_s + small_s + widening_s / together
     return max(computed_s, steps * weight_read_bytes(model, quant) / reading / together)
-
-
-def cached_tokens(plan: BuildPlan, workload: Workload) -> int:
-    """Prompt tokens that a warm engine finds in its blocks: whole blocks of what the prompts share, at least one computed."""
-    if not plan.limits.enable_block_reuse:
-        return 0
-    size = plan.limits.tokens_per_block
-    return min(getattr(workload, "shared_prefix_tokens", 0), workload.isl - 1) // size * size
 
 
 def _numbers(workload: Workload, batch: int, prefill_s: float, step_s: float, source: Source, note: str) -> Numbers:

@@ -1,6 +1,7 @@
 """Llama 3 70B of random weights on one GPU, by trtkit's own protocol: the rows of the published table, measured.
 
-    python3 bench/gpu/llama70b.py --out DIR [--rows int8,int8-h2o] [--cells c1-isl512] [--time-limit-s 300] [--rehearse]
+    python3 bench/gpu/llama70b.py --out DIR [--stage core|more|levers | --rows int8,int8-h2o] [--cells c1-isl512]
+                                  [--time-limit-s 300] [--rehearse]
 
 Speed does not depend on the weights' values, so no checkpoint is needed. Each row is one configuration in a fresh child
 process, its cells run most important first until the time is over; what was not run is listed with its floor and its
@@ -23,9 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu import sources
+from bench.gpu.forecast import cell_numbers, cell_seconds
 from bench.gpu.memory import fits, memory_rows
-from bench.gpu.rows import ROWS, Scale, cell_plan, default_rows, plan_of, real_scale, rehearsal_scale
-from bench.gpu.sweep import RowOutcome, Sweep, run_row
+from bench.gpu.rows import ROWS, STAGES, Scale, cell_plan, default_rows, plan_of, real_scale, rehearsal_scale
+from bench.gpu.sweep import CellPlan, RowOutcome, Sweep, run_row
 from trtkit.backends.remote import DEFAULT_OPENER
 from trtkit.plan.names import gpu_word
 from trtkit.plan.prices import load_prices
@@ -33,9 +35,14 @@ from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.codec import read_record, write_record
 from trtkit.spec.errors import InputError, TrtkitError, UsageError
 from trtkit.spec.measured import Measured
+from trtkit.spec.plan import BuildPlan
 
 KIND = "gpu-llama70b"
 FILE_NAME = "llama70b.json"
+OPENING_S = 20.0
+"""Kept for making a row's weights, checking its kernels and capturing its graphs (assumed)."""
+SPARE = 1.4
+"""Times the predicted length of a cell that is kept for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,39 +131,61 @@ class Job:
 
 
 def run(job: Job) -> Record:
-    """Every row that fits, in order; what is left when the time is over is recorded as not run."""
+    """Every row that fits, in order; what is left when the time is over is recorded as not run.
+
+    A row stops in time for the first cell of each later row, which matters more than its own last ones.
+    """
     deadline_s = time.monotonic() + job.time_limit_s
     job.out.mkdir(parents=True, exist_ok=True)
     writer = Writer(job.out / FILE_NAME, job.scale)
     price = load_prices().find(job.scale.gpu)
+    plans = {key: plan_of(key, job.scale) for key in job.rows}
+    for key in [key for key, plan in plans.items() if not fits(plan)]:
+        job.say(f"{ROWS[key].label}: does not fit {job.scale.gpu}")
+        del plans[key]
+    cells = {key: _cells(job, key) for key in plans}
     with tempfile.TemporaryDirectory(prefix="trtkit-gpu-") as work:
-        for key in job.rows:
-            plan = plan_of(key, job.scale)
-            if not fits(plan):
-                job.say(f"{ROWS[key].label}: does not fit {job.scale.gpu}")
-                continue
+        for index, (key, plan) in enumerate(plans.items()):
+            later = list(plans)[index + 1 :]
+            own_s = first_cell_s(plan, cells[key])
+            kept_s = sum(first_cell_s(plans[each], cells[each]) for each in later)
             sweep = Sweep(
                 work_dir=Path(work),
                 limits=job.limits,
-                deadline_s=deadline_s,
+                deadline_s=min(deadline_s, max(deadline_s - kept_s, time.monotonic() + own_s)),
                 saved=writer.saved,
                 usd_per_hour=price.usd_per_gpu_h if price else None,
-                opener=job.opener,
+                opener=(ROWS[key].opener or job.opener) if job.opener == DEFAULT_OPENER else job.opener,
                 # On a CPU the engine would choose its CPU path; what is rehearsed is the device path.
                 overrides={"path": "device"} if job.scale.rehearsal else {},
                 say=job.say,
                 rehearsal=job.scale.rehearsal,
             )
-            names = [name for name in ROWS[key].cells if job.cells is None or name in job.cells]
-            if names:
-                run_row(key, ROWS[key].label, plan, [cell_plan(name, job.scale) for name in names], sweep)
+            if cells[key]:
+                run_row(key, ROWS[key].label, plan, cells[key], sweep)
     return writer.record
+
+
+def _cells(job: Job, key: str) -> list[CellPlan]:
+    names = [name for name in ROWS[key].cells if job.cells is None or name in job.cells]
+    return [cell_plan(name, job.scale, key) for name in names]
+
+
+def first_cell_s(plan: BuildPlan, cells: Sequence[CellPlan]) -> float:
+    """Seconds to open a row and run its first cell, as predicted with something to spare; 0 where nothing is predicted."""
+    if not cells:
+        return 0.0
+    first = cells[0]
+    _, _, predicted = cell_numbers(plan, first.workload, {})
+    needed_s = cell_seconds(plan, first.workload, predicted, first.repeats, first.warmup)
+    return OPENING_S + SPARE * needed_s if needed_s else 0.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help=f"directory for {FILE_NAME}")
     parser.add_argument("--rows", help=f"of {', '.join(ROWS)}; default: all that fit")
+    parser.add_argument("--stage", choices=STAGES, help="only the default rows of this stage of one_call.sh")
     parser.add_argument("--skip", default="", help="rows to leave out of the default ones")
     parser.add_argument("--cells", help="such as c1-isl512,c32-isl4096; default: each row's own")
     parser.add_argument("--gpu", help="catalog name; default: the first GPU's")
@@ -169,7 +198,11 @@ def main() -> int:
     try:
         scale = rehearsal_scale() if args.rehearse else real_scale(args.gpu or detect_gpu())
         skipped = args.skip.split(",") if args.skip else []
-        rows = args.rows.split(",") if args.rows else [key for key in default_rows(scale) if key not in skipped]
+        rows = (
+            args.rows.split(",")
+            if args.rows
+            else [key for key in default_rows(scale, args.stage) if key not in skipped]
+        )
         unknown = [key for key in (*rows, *skipped) if key not in ROWS]
         if unknown:
             raise UsageError(f"unknown row {unknown[0]!r}: there are {', '.join(ROWS)}")

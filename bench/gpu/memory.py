@@ -30,9 +30,18 @@ def planned(plan: BuildPlan, tokens: int | None = None) -> MemoryPlan:
     return plan_memory(placement(plan), sequence_tokens=tokens)
 
 
-def most_in_flight(plan: BuildPlan, tokens: int) -> int | None:
-    """Requests of this length whose cache fits the modeled pool at once; None on a CPU, where the pool is not the limit."""
-    return None if gpu_spec(plan.gpu).sm == 0 else planned(plan, tokens).max_sequences
+def most_in_flight(plan: BuildPlan, tokens: int, shared: int = 0) -> int | None:
+    """Requests of this length whose cache fits the modeled pool at once; None on a CPU, where the pool is not the limit.
+
+    `shared` of the tokens, whole blocks, lie in blocks that all requests share and the pool holds once.
+    """
+    if gpu_spec(plan.gpu).sm == 0:
+        return None
+    layout = planned(plan, tokens)
+    if not shared or not layout.max_sequences:
+        return layout.max_sequences
+    size = layout.tokens_per_block
+    return (layout.kv_blocks - shared // size) // (-(-tokens // size) - shared // size)
 
 
 def fits(plan: BuildPlan) -> bool:

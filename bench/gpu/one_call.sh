@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call and inside a time limit, most important first.
 #
-#   bash bench/gpu/one_call.sh OUT_DIR [--limit-s 540] [--stages probe,selfcheck,kernels,core,h2o,more,peers] [--rehearse]
+#   bash bench/gpu/one_call.sh OUT_DIR [--limit-s 540] [--stages probe,selfcheck,kernels,core,h2o,more,levers,peers] [--rehearse]
 #
 # Without --stages: all of them, peers only where TRTKIT_PEERS names the folder of their wheels.
 # Needs python3 with torch and triton on a CUDA machine, nothing installed from this project. Each stage gets a share of
@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$out" ] || usage
 if [ -z "$stages" ]; then
-  stages="probe,selfcheck,kernels,core,h2o,more"
+  stages="probe,selfcheck,kernels,core,h2o,more,levers"
   # Peers come after our own rows, and by themselves only where their wheels were brought.
   if [ -n "${TRTKIT_PEERS:-}" ] || [ -n "$rehearse" ]; then stages="$stages,peers"; fi
 fi
@@ -61,8 +61,8 @@ export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/indu
 # How the time left is shared among the stages still to come.
 weight_of() {
   case "$1" in
-    probe) echo 9 ;; selfcheck) echo 11 ;; kernels) echo 10 ;; core) echo 42 ;; h2o) echo 18 ;; more) echo 22 ;;
-    peers) echo 12 ;; *) echo 0 ;;
+    probe) echo 9 ;; selfcheck) echo 11 ;; kernels) echo 10 ;; core) echo 42 ;; h2o) echo 18 ;; more) echo 20 ;;
+    levers) echo 20 ;; peers) echo 12 ;; *) echo 0 ;;
   esac
 }
 command_of() {
@@ -70,9 +70,10 @@ command_of() {
     probe) command=("$here/probe.py" --out "$out/probe.json") ;;
     selfcheck) command=("$here/selfcheck.py" --out "$out/selfcheck.json") ;;
     kernels) command=("$here/kernels.py" --out "$out/kernels.json") ;;
-    core) command=("$here/llama70b.py" --out "$out" --probe "$out/probe.json" --rows int8) ;;
+    core) command=("$here/llama70b.py" --out "$out" --probe "$out/probe.json" --stage core) ;;
     h2o) command=("$here/h2o.py" --out "$out/h2o.json") ;;
-    more) command=("$here/llama70b.py" --out "$out" --probe "$out/probe.json" --skip int8) ;;
+    more) command=("$here/llama70b.py" --out "$out" --probe "$out/probe.json" --stage more) ;;
+    levers) command=("$here/llama70b.py" --out "$out" --probe "$out/probe.json" --stage levers) ;;
     peers) command=("$here/peers/run.py" --out "$out/peers.json") ;;
   esac
 }

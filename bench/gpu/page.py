@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,25 +19,29 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.gpu.forecast import cell_numbers, datasheet_limits, running_batch
+from bench.gpu import lever_page
+from bench.gpu.forecast import cell_numbers
 from bench.gpu.llama70b import FILE_NAME, KIND, Record
 from bench.gpu.memory import memory_rows, most_in_flight
 from bench.gpu.rows import ROWS, cell_plan, default_rows, plan_of, real_scale
-from bench.gpu.summary import STAGE_FILES, cell_values, cells_of, load, memory_line, peak, problem, share, stat
-from trtkit.benchmark.shares import floor, multiply_limit
-from trtkit.plan.cost import cost_per_million
-from trtkit.plan.prices import load_prices
-from trtkit.plan.work import prefill_flops
+from bench.gpu.summary import (
+    STAGE_FILES,
+    cell_values,
+    cells_of,
+    guess_lines,
+    load,
+    memory_line,
+    peak,
+    problem,
+    share,
+    stat,
+)
 from trtkit.spec.atomic import write_text
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.codec import read_record, write_record
-from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, TrtkitError
-from trtkit.spec.plan import BuildPlan
-from trtkit.spec.quant import QuantSpec, quant_for
 from trtkit.spec.result import BENCH_KIND
-from trtkit.spec.units import GB, MS_PER_S
-from trtkit.spec.workload import Workload
+from trtkit.spec.units import GB
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 GPUS = ("h100-sxm", "h200")
@@ -64,7 +67,9 @@ def filled(text: str) -> str:
         "aims": aims_table,
         "floors": floor_tables,
         "memory": memory_table,
-        "levers": lever_table,
+        "levers": lever_page.lever_table,
+        "guesses": lever_page.guess_table,
+        "verdicts": lever_page.verdict_table,
     }
     return _MARK.sub(lambda match: f"{match[1]}{parts[match[2]]()}\n{match[3]}", text)
 
@@ -94,7 +99,7 @@ def measured(results: Path = RESULTS) -> str:
     for path, record in found:
         link = f"[{path.stem}](../bench/results/{path.name})"
         if path.stem.endswith("llama70b"):
-            parts.append(f"### {link}\n\n{_where(record)}\n\n{cells_table(record)}")
+            parts.append(f"### {link}\n\n{_where(record)}\n\n{cells_table(record, [other for _, other in found])}")
         else:
             body = "\n".join(record.get("lines") or ["(no lines)"])
             parts.append(f"### {link}\n\n```text\n{body}\n```")
@@ -163,8 +168,11 @@ AIMS = (
 )
 
 
-def cells_table(record: Mapping[str, Any]) -> str:
-    """Measured cells with their floors and predictions; below it, what was not run or is not valid."""
+def cells_table(record: Mapping[str, Any], beside: Sequence[Mapping[str, Any]] = ()) -> str:
+    """Measured cells with their floors and predictions; below it, what was not run or is not valid.
+
+    `beside` are the other records, in which a plain step may lie that one of guesses is held against.
+    """
     rows = []
     for row, cell in cells_of(record):
         if cell.get("result"):
@@ -172,6 +180,7 @@ def cells_table(record: Mapping[str, Any]) -> str:
             rows.append([row["label"], cell["name"], *(values[key] for key in _COLUMNS)])
     text = markdown(["row", "cell", *_COLUMNS], rows)
     notes = [f"- {row['label']} {cell['name']}: {why}" for row, cell in cells_of(record) if (why := problem(cell))]
+    notes += [f"- {line}" for line in guess_lines(record, beside)]
     notes += [f"- {row['label']}: {memory_line(row)}" for row in record.get("rows", ()) if row.get("memory")]
     return "\n".join([text, "", *notes]).rstrip()
 
@@ -197,7 +206,7 @@ def floor_tables() -> str:
         for key in default_rows(scale):
             plan = plan_of(key, scale)
             for name in sorted(ROWS[key].cells, key=_by_load):
-                _, sheet, predicted = cell_numbers(plan, cell_plan(name, scale).workload, {})
+                _, sheet, predicted = cell_numbers(plan, cell_plan(name, scale, key).workload, {})
                 assert sheet is not None
                 assert predicted is not None
                 rows.append(
@@ -236,54 +245,6 @@ def memory_table() -> str:
             rows.append([gpu, ROWS[key].label, *sizes, str(most_in_flight(plan, 4096 + 256))])
     head = ["GPU", "row", "weights (exact)", "activations", "runtime", "H2O's rings and ledgers", "KV pool", "total"]
     return markdown([*head, "requests of 4,352 tokens"], rows)
-
-
-def lever_table() -> str:
-    """What else moves tokens per dollar on one H100: datasheet floors with one thing changed at a time."""
-    rows = []
-    for name, plan, cached, quality in _levers():
-        one, long = (cell_plan(cell, real_scale(plan.gpu)).workload for cell in ("c1-isl512", "c32-isl4096"))
-        step_ms = _floor(plan, one, 0)[1]
-        ttft_ms, _, tok_s = _floor(plan, long, cached)
-        fit = str(running_batch(plan, long))
-        rows.append([name, f"{step_ms:.2f}", f"{ttft_ms:.0f}", fit, f"{tok_s:,.0f}", f"{_usd(tok_s):.2f}", quality])
-    head = ["change", "step ms, batch 1 at 512", "TTFT ms at 4,096", "of 32 requests of 4,096/256 in flight"]
-    return markdown([*head, "their tok/s", "USD per 1M output tokens", "quality"], rows)
-
-
-def _levers() -> list[tuple[str, BuildPlan, int, str]]:
-    scale = real_scale("h100-sxm")
-    int8, h2o = plan_of("int8", scale), plan_of("int8-h2o-long", scale)
-
-    def quant(changed: QuantSpec) -> BuildPlan:
-        return replace(int8, quant=changed)
-
-    return [
-        ("INT8 (the row above)", int8, 0, "measured per model with `trtkit gate`"),
-        ("H2O, half the cache", h2o, 0, "needs evidence: `trtkit gate` with recall tasks"),
-        ("FP8 cache", quant(int8.quant.with_kv(DType.FP8)), 0, "needs evidence: `trtkit gate`"),
-        ("FP8 weights and operands", quant(quant_for("fp8-rowwise")), 0, "needs evidence: `trtkit gate`"),
-        ("INT4 weights (AWQ), not built for this engine", quant(quant_for("int4-awq")), 0, "needs evidence: the most"),
-        ("prefix reuse, 3,584 of 4,096 tokens found", int8, 3584, "none: the same numbers are computed once"),
-    ]
-
-
-def _floor(plan: BuildPlan, workload: Workload, cached: int) -> tuple[float, float, float]:
-    """First token of one request alone, decode step, and output tokens a second of one closed-loop round."""
-    sheet = datasheet_limits(plan.gpu)
-    batch = running_batch(plan, workload)
-    least, rate = floor(plan, workload, sheet, batch), multiply_limit(plan, sheet)
-    assert least is not None
-    assert rate is not None
-    prefill_s = prefill_flops(plan.model, workload.isl, cached_tokens=cached) / rate.value
-    requests = workload.concurrency or batch
-    round_s = requests * prefill_s + math.ceil(requests / batch) * (workload.osl - 1) * least.step_s
-    return prefill_s * MS_PER_S, least.step_s * MS_PER_S, requests * workload.osl / round_s
-
-
-def _usd(tok_s: float) -> float:
-    price = load_prices().gpu_price("h100-sxm")
-    return cost_per_million(tok_s, price.usd_per_gpu_h)
 
 
 def keep(out: Path, name: str, results: Path = RESULTS) -> list[Path]:

@@ -58,19 +58,26 @@ def context(plan: Plan, load: Mapping[str, Any]) -> float:
     return min(mean, budget)
 
 
+def reused(plan: Plan, load: Mapping[str, Any]) -> int:
+    """Tokens of a prompt that lie in blocks of all prompts: whole blocks, never the last token."""
+    if not plan["limits"].get("enable_block_reuse"):
+        return 0
+    size = plan["limits"]["tokens_per_block"]
+    return min(load.get("shared_prefix_tokens") or 0, load["isl"] - 1) // size * size
+
+
 def step_bytes(plan: Plan, load: Mapping[str, Any], batch: int) -> float:
-    """A decode step: weights once, each request's cache once."""
+    """A decode step: weights once, each request's cache once, what they share once for all."""
     model = plan["model"]
+    tokens = batch * context(plan, load) - (batch - 1) * reused(plan, load)
     token = 2 * model["num_layers"] * model["num_kv_heads"] * model["head_dim"] * BITS[plan["quant"]["kv"]] / 8
-    return read_bytes(plan) + batch * context(plan, load) * token
+    return read_bytes(plan) + tokens * token
 
 
 def prompt_flops(plan: Plan, load: Mapping[str, Any]) -> tuple[float, float]:
     """Operations of a prompt: of the layers' matrices, and of attention and the head. Found blocks are not computed."""
     model, tokens = plan["model"], load["isl"]
-    size = plan["limits"]["tokens_per_block"]
-    shared = load.get("shared_prefix_tokens") or 0
-    found = min(shared, tokens - 1) // size * size if plan["limits"].get("enable_block_reuse") else 0
+    found = reused(plan, load)
     pairs = (tokens**2 - found**2) / 2
     attention = 4 * model["num_layers"] * model["num_heads"] * model["head_dim"] * pairs
     blocks = 2 * model["num_layers"] * block_weights(model) * (tokens - found)

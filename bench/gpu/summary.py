@@ -31,6 +31,7 @@ STAGE_FILES = {
     "core": "llama70b.json",
     "h2o": "h2o.json",
     "more": "llama70b.json",
+    "levers": "llama70b.json",
     "peers": "peers.json",
 }
 LINES_EACH = {
@@ -170,11 +171,34 @@ def llama_lines(record: Mapping[str, Any]) -> list[str]:
         table = [["row", "cell", *_SHORT]]
         table += [[row["row"], cell["name"], *(cell_values(cell)[key] for key in _SHORT)] for row, cell in done]
         lines += aligned(table)
+    lines += guess_lines(record)
     for row in record.get("rows", ()):
         lines += [f"{row['row']}: {note}"[:160] for note in row.get("notes", ())[:4]]
         lines += [f"{row['row']}: opened in {row['opened_s']:.0f} s; {memory_line(row)}"] if row.get("opened_s") else []
         lines += [f"{row['row']}: LOST: {row['lost']}"[:300]] if row.get("lost") else []
     return lines + _problems(record)
+
+
+def guess_lines(record: Mapping[str, Any], beside: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+    """Every measured step that checks guesses beside the plain one: their ratio, and from which acceptance it pays.
+
+    The plain one is in the same record, or in another of the same GPU.
+    """
+    others = [each for each in (record, *beside) if each.get("gpu") == record.get("gpu")]
+    plains = {cell["name"]: cell for each in others for row, cell in cells_of(each) if row["row"] == FIRST_CELL[0]}
+    lines = []
+    for key, name, cell in [(row["row"], cell["name"], cell) for row, cell in cells_of(record) if cell.get("result")]:
+        step, plain = stat(cell, "itl_ms"), stat(plains.get(name, {}), "itl_ms")
+        if not key.startswith("int8-ngram") or not step or not plain:
+            continue
+        pools = [repeat["kv"] for repeat in cell["result"]["repeats"]]
+        guessed, right = (sum(kv.get(part) or 0 for kv in pools) for part in ("draft_tokens", "accepted_tokens"))
+        pays = max(step / plain - 1, 0.0)
+        lines.append(
+            f"{key} {name}: step {step:.2f} ms, plain {plain:.2f}: pays from {pays:.2f} accepted a step "
+            f"({guessed:,} guessed, {right:,} right by chance; what real text accepts, random weights cannot tell)"
+        )
+    return lines
 
 
 def memory_line(row: Mapping[str, Any]) -> str:

@@ -115,7 +115,7 @@ def test_work_counted_a_second_way_is_the_same_for_every_row_and_cell(gpu: str) 
         recounted = recount.read_bytes(to_plain(plan))
         assert recounted == pytest.approx(weight_read_bytes(plan.model, plan.quant), rel=1e-9)
         for name in table.ROWS[key].cells:
-            load = table.cell_plan(name, scale).workload
+            load = table.cell_plan(name, scale, key).workload
             _, sheet, _ = forecast.cell_numbers(plan, load, {})
             prompt_s, step_s = recount.floor_s(to_plain(plan), to_plain(load), recount.DATASHEET[gpu], sheet.batch)
             assert 1e3 * step_s == pytest.approx(sheet.step_ms.value, rel=1e-9)
