@@ -210,13 +210,15 @@ def main() -> int:
             sources.use(Path(metadata))
             if scale.rehearsal:
                 os.environ.setdefault("OMP_NUM_THREADS", "1")
+            ceilings = {} if scale.rehearsal else limits_from(args.probe, scale.gpu)
             job = Job(
                 out=args.out,
                 scale=scale,
                 rows=rows,
                 cells=args.cells.split(",") if args.cells else None,
-                limits={} if scale.rehearsal else limits_from(args.probe, scale.gpu),
-                time_limit_s=args.time_limit_s,
+                limits=ceilings,
+                # What starting and measuring ceilings took counts, too.
+                time_limit_s=args.time_limit_s - (time.monotonic() - sources.began_s()),
                 say=lambda text: print(text, flush=True),
             )
             record = run(job)

@@ -56,7 +56,9 @@ export PYTHONPATH
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # A rehearsal's products are tiny; more threads only wait for each other.
 [ -z "$rehearse" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor"
+# Compiled kernels serve the later stages; a folder given by whoever calls serves the next call on this machine as well.
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
 
 # How the time left is shared among the stages still to come.
 weight_of() {
