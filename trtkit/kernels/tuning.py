@@ -21,4 +21,8 @@ def forget_choices() -> int:
             if isinstance(chosen, dict) and chosen:
                 chosen.clear()
                 forgotten += 1
+        # Decode attention keeps a list of its own of shapes that it has been tuned for on long sequences.
+        remembered = getattr(vars(module).get("_tuned"), "cache_clear", None)
+        if remembered is not None:
+            remembered()
     return forgotten

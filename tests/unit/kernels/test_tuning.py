@@ -29,6 +29,8 @@ def test_our_autotuned_kernels_are_found() -> None:
     matmul = importlib.import_module("trtkit.kernels.triton_matmul")
     for kernel in (decode._decode, matmul._linear):
         kernel.cache["a key"] = kernel.configs[0]
+    decode._tuned().add("a shape")
     assert forget_choices() >= 2
+    assert not decode._tuned(), "decode attention would choose again on whatever comes first"
     assert not decode._decode.cache
     assert not matmul._linear.cache
