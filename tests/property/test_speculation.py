@@ -15,7 +15,7 @@ from support.device_engines import Replays, open_device
 from support.engine_models import make_hf, open_hf
 
 from trtkit.engine.loop import EmbeddedEngine
-from trtkit.engine.sequence import Sequence
+from trtkit.engine.sequence import Sequence, blocks_for
 from trtkit.engine.speculation import NgramIndex
 from trtkit.spec.engine import FinishReason, Request, Sampling
 from trtkit.spec.speculation import SpeculationSpec
@@ -105,6 +105,9 @@ def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, tuple[list[int]
     ends: dict[str, tuple[list[int], FinishReason, str | None]] = {}
     for event in engine.generate(_arrivals(load)):
         engine.check()
+        for sequence in engine._scheduler.running:
+            needed = blocks_for(sequence.cache_len, engine._limits.tokens_per_block)
+            assert len(sequence.block_table) == needed, "what wrong guesses took is free again"
         assert event.request_id not in ends, "nothing follows a request's end"
         told = tokens.setdefault(event.request_id, [])
         assert event.index == len(told)

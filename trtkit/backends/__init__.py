@@ -26,7 +26,7 @@ def open_engine(path: str | Path, /, *, isolated: bool = False, **overrides: obj
         isolated: run it in a fresh child process; this one never imports the target's libraries. TensorRT-LLM always
             gets one: it starts MPI, and what kills it must not kill its user.
         **overrides: limits that replace the plan's at run time (`max_batch_size`, `max_num_tokens`, `max_seq_len`,
-            `kv_memory_bytes`, `device`, `kv`).
+            `kv_memory_bytes`, `device`, `kv`, `speculation` as text).
 
     Raises:
         EngineError: the bundle is unfinished or damaged.

@@ -168,7 +168,8 @@ def render(outlined: Outline) -> str:
         f"  precision  {plan.quant.precision}: weights {plan.quant.weights.value}{_groups(plan)}, compute "
         f"{plan.quant.compute.value}, "
         f"KV {plan.quant.kv.value}",
-        f"  target     {plan.target} on {plan.gpu}, tp {plan.parallel.tp}, pp {plan.parallel.pp}, KV policy {plan.kv.label}",
+        f"  target     {plan.target} on {plan.gpu}, tp {plan.parallel.tp}, pp {plan.parallel.pp}, KV policy {plan.kv.label}"
+        + (f", speculation {plan.speculation.label}" if plan.speculation else ""),
         f"  limits     {limits.max_batch_size} requests, {limits.max_num_tokens} tokens a step, "
         f"{limits.max_seq_len} tokens a request{', prefixes reused' if limits.enable_block_reuse else ''}",
         f"  memory     per device; one longest request's KV {format_gib(found.min_kv_bytes)}, KV pool {pool}",

@@ -23,6 +23,7 @@ from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import LOAD_FORMATS, TARGETS, BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import GPTQ_INT8, INT4_GROUPS, QuantSpec, quant_for
+from trtkit.spec.speculation import OFF, SpeculationSpec, parse_speculation
 from trtkit.spec.units import GIB, KIB, MIB
 from trtkit.trtllm.installed import installation
 from trtkit.trtllm.packed import read_packing, source_quant
@@ -64,6 +65,7 @@ class BuildOptions:
     load_format: str | None = None
     kv_dtype: str | None = None
     reuse_prefix: bool | None = None
+    speculate: str | None = None
 
     def over(self, base: BuildOptions) -> BuildOptions:
         """These options, with `base`'s value where nothing was said."""
@@ -136,6 +138,7 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     if load_format not in LOAD_FORMATS:
         raise UsageError(f"unknown load format {load_format!r}: allowed are {', '.join(LOAD_FORMATS)}")
     kv = parse_kv_policy(options.kv or "full")
+    speculation = parse_speculation(options.speculate or OFF)
     target, _ = resolve_target(options)
     if not dry_run:
         builder_of(target)
@@ -143,7 +146,7 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     parallel = Parallelism(tp=_or(options.tp, 1), pp=_or(options.pp, 1))
     quant = _with_groups(_quant(options), source, parallel, target, look_up=not dry_run and load_format != "dummy")
     plan = BuildPlan(
-        name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv)),
+        name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv, speculation)),
         model=source.model,
         model_source=model,
         gpu=gpu,
@@ -154,6 +157,7 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
         target=target,
         target_version=None if dry_run or target == "embedded" else installation().version,
         load_format=load_format,
+        speculation=speculation,
     )
     return plan, source
 
@@ -176,14 +180,23 @@ def resolve_target(options: BuildOptions) -> tuple[str, str]:
     return choose_target(installation())
 
 
-def engine_name(model: str, quant: QuantSpec, gpu: str, parallel: Parallelism, kv: KVPolicySpec) -> str:
-    """`<model>-<precision>-<gpu>[-tpN][-ppN][-kvTYPE][-kv]`, safe as a directory name."""
+def engine_name(
+    model: str,
+    quant: QuantSpec,
+    gpu: str,
+    parallel: Parallelism,
+    kv: KVPolicySpec,
+    speculation: SpeculationSpec | None = None,
+) -> str:
+    """`<model>-<precision>-<gpu>[-tpN][-ppN][-kvTYPE][-kv][-speculation]`, safe as a directory name."""
     parts = [model, quant.precision, gpu]
     parts += [f"{name}{ranks}" for name, ranks in (("tp", parallel.tp), ("pp", parallel.pp)) if ranks > 1]
     if quant.kv.bits < 16:
         parts.append(f"kv{quant.kv.value}")
     if not kv.is_full:
         parts.append(kv.label.replace(":budget=", "-b").replace(":", "").replace("%", "").replace("=", ""))
+    if speculation is not None:
+        parts.append(speculation.label.replace(":", "").replace("=", ""))
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-.")
 
 

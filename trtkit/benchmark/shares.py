@@ -24,15 +24,17 @@ _MULTIPLY_TYPES = (DType.FP32, DType.BF16, DType.FP16)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Floor:
-    """Least times in seconds: one prompt, and one decode step of `batch` sequences."""
+    """Least times in seconds: one prompt, and one more token for each of `batch` sequences."""
 
     prefill_s: float
     step_s: float
     batch: int
 
 
-def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int) -> Floor | None:
-    """The machine's floor for this cell; None where a rate was not measured.
+def floor(
+    plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], batch: int, *, per_step: float = 1.0
+) -> Floor | None:
+    """The machine's floor for this cell; None where a rate was not measured. A step gives `per_step` tokens a request.
 
     A decode step needs the longer of reading (weights once, every cache once) and multiplying. What block reuse may
     have computed before counts for nothing in a prompt, and is read once for all.
@@ -44,7 +46,7 @@ def floor(plan: BuildPlan, workload: Workload, limits: Mapping[str, Measured], b
     token_s = _multiply_s(plan, limits, 1, decode_flops(plan.model, context))
     if prefill_s is None or token_s is None or reading is None or workload.isl == 0:
         return None
-    return Floor(prefill_s=prefill_s, step_s=max(step_bytes / reading.value, batch * token_s), batch=batch)
+    return Floor(prefill_s=prefill_s, step_s=max(step_bytes / reading.value / per_step, batch * token_s), batch=batch)
 
 
 def prefill_floor_s(
@@ -114,10 +116,13 @@ def shares(
     limits: Mapping[str, Measured],
     *,
     requests_peak: int | None = None,
+    per_step: float | None = 1.0,
 ) -> Mapping[str, Measured]:
     """Shares of the machine's limit for TTFT, TPOT and TPS, where they can be known.
 
-    `requests_peak` is how many requests the engine really ran at once, if fewer than asked.
+    `requests_peak` is how many requests the engine really ran at once, if fewer than asked. With speculation a step
+    gave `per_step` tokens a request on average, which limits TPS. One request may have been luckier, so its TPOT has no
+    limit that is known.
     """
     batch = min(workload.concurrency or plan.limits.max_batch_size, plan.limits.max_batch_size)
     batch = max(1, min(batch, requests_peak or batch))
@@ -128,10 +133,13 @@ def shares(
     if ttft := _value(metrics, "ttft_ms", "p50"):
         result["ttft_ms"] = _share(least.prefill_s * MS_PER_S / ttft, "prefill operations / matmul rate / TTFT p50")
     # An open loop runs at whatever batch its arrivals make; its limit per step is unknown.
-    if (tpot := _value(metrics, "tpot_ms", "p50")) and workload.request_rate is None:
+    known = workload.request_rate is None and plan.speculation is None
+    if (tpot := _value(metrics, "tpot_ms", "p50")) and known:
         note = f"decode step of {batch}: the longer of bytes / read rate and operations / matmul rate, / TPOT p50"
         result["tpot_ms"] = _share(least.step_s * MS_PER_S / tpot, note)
-    if tps := _value(metrics, "tps", "value"):
+    guessing = None if per_step is None else floor(plan, workload, limits, batch, per_step=per_step)
+    if (tps := _value(metrics, "tps", "value")) and guessing is not None:
+        least = guessing
         seconds = batch * least.prefill_s + (workload.osl - 1) * least.step_s
         result["tps"] = _share(tps * seconds / (batch * workload.osl), f"TPS / TPS at the floor of batch {batch}")
     return result

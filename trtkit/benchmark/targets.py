@@ -13,6 +13,7 @@ from trtkit.spec.errors import EngineError, UsageError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.result import EngineRef
+from trtkit.spec.speculation import parse_speculation
 
 _LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "kv_memory_bytes", "enable_block_reuse")
 
@@ -53,7 +54,7 @@ def open_targets(
 
     Args:
         paths: `<name>.engine` directories.
-        overrides: limits, `kv` and `device` as `open_engine` takes them; None values are left out.
+        overrides: limits, `kv`, `speculation` (as text) and `device` as `open_engine` takes them; None values are left out.
         labels: engine name -> label for tables.
 
     Raises:
@@ -81,7 +82,10 @@ def _target(path: Path, overrides: Mapping[str, object], labels: Mapping[str, st
     limits: dict[str, Any] = {name: overrides[name] for name in _LIMITS if name in overrides}
     kv = overrides.get("kv", plan.kv)
     assert isinstance(kv, KVPolicySpec)
-    effective = replace(plan, kv=kv, limits=replace(plan.limits, **limits))
+    speculation = plan.speculation
+    if "speculation" in overrides:
+        speculation = parse_speculation(str(overrides["speculation"]))
+    effective = replace(plan, kv=kv, speculation=speculation, limits=replace(plan.limits, **limits))
     name = bundle.manifest.digest if not overrides else digest([bundle.manifest.digest, to_plain(overrides)])
     ref = EngineRef(
         name=bundle.name,

@@ -37,6 +37,7 @@ def command(
     reuse_prefix: Annotated[
         bool | None, Option("--reuse-prefix/--no-reuse-prefix", help="Reuse blocks of earlier prompts, or do not.")
     ] = None,
+    speculate: Annotated[str | None, Option(help="Speculation instead of the engine's: ngram:4, or off.")] = None,
     device: Annotated[str | None, Option(help="Device instead of the engine's: cpu or cuda.")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show the cells and run nothing.")] = False,
     as_json: JsonFlag = False,

@@ -18,6 +18,7 @@ from trtkit.cli.common import emit, note, progress_bars
 from trtkit.spec.codec import to_plain
 from trtkit.spec.errors import UsageError
 from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.speculation import parse_speculation, speculation_label
 from trtkit.spec.workload import Protocol
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class BenchFlags:
     max_seq_len: int | None = None
     kv_memory: str | None = None
     reuse_prefix: bool | None = None
+    speculate: str | None = None
     device: str | None = None
     dry_run: bool = False
     as_json: bool = False
@@ -148,6 +150,7 @@ def _overrides(flags: BenchFlags) -> dict[str, object]:
         "max_seq_len": flags.max_seq_len,
         "kv_memory_bytes": None if flags.kv_memory is None else parse_bytes(flags.kv_memory, "--kv-memory"),
         "enable_block_reuse": flags.reuse_prefix,
+        "speculation": None if flags.speculate is None else speculation_label(parse_speculation(flags.speculate)),
         "device": flags.device,
     }
 

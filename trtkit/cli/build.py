@@ -49,6 +49,12 @@ ReusePrefix = Annotated[
         "--reuse-prefix/--no-reuse-prefix", help="Do not compute the beginning of a prompt again (default: off)."
     ),
 ]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        help="Guess that many next tokens from the text so far and check them together: ngram:4, or off (default)."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print plan, sizes and steps; write nothing.")]
 
 
@@ -72,6 +78,7 @@ def command(
     load_format: LoadFormat = None,
     kv_dtype: KvDtype = None,
     reuse_prefix: ReusePrefix = None,
+    speculate: Speculate = None,
     output: Output = Path("builds"),
     dry_run: DryRun = False,
     force: ForceFlag = False,
@@ -86,7 +93,7 @@ def command(
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, pp=pp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
         allow_approximate=allow_approximate or None, calib_text=calib_text, load_format=load_format, kv_dtype=kv_dtype,
-        reuse_prefix=reuse_prefix,
+        reuse_prefix=reuse_prefix, speculate=speculate,
     )  # fmt: skip
     options = given.over(load_recipe(recipe)) if recipe else given
     plan, source = make_plan(options, dry_run=dry_run)

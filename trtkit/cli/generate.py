@@ -24,6 +24,7 @@ def command(
     stop_ids: Annotated[str | None, Option(help="Stop after any of these token ids, e.g. 2,13.")] = None,
     ignore_eos: Annotated[bool, Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     kv: Annotated[str | None, Option(help="KV policy instead of the engine's, e.g. h2o:50%.")] = None,
+    speculate: Annotated[str | None, Option(help="Speculation instead of the engine's: ngram:4, or off.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Generate from one prompt, given as text or as token ids."""
@@ -41,5 +42,6 @@ def command(
         stop_ids=parse_ids("--stop-ids", stop_ids or ""),
         ignore_eos=ignore_eos,
         kv=kv,
+        speculate=speculate,
     )
     emit(result, result.readable, as_json=as_json)

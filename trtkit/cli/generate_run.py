@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trtkit.backends import open_engine
 from trtkit.backends.tokenizer import Tokenizer, load_tokenizer
@@ -13,6 +14,7 @@ from trtkit.spec.bundle import EngineBundle, open_bundle
 from trtkit.spec.engine import Engine, FinishReason, Request, Sampling, TokenEvent
 from trtkit.spec.errors import EngineError, InputError, UsageError
 from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.speculation import OFF, speculation_label
 from trtkit.spec.units import NS_PER_MS
 
 EXIT_WORDS = ("/exit", "/quit")
@@ -30,6 +32,9 @@ class Generated:
     kv_policy: str
     evictions: int | None
     elapsed_ms: float
+    speculation: str = OFF
+    draft_tokens: int | None = 0
+    accepted_tokens: int | None = 0
 
     @property
     def readable(self) -> str:
@@ -61,6 +66,7 @@ def generate(
     stop_ids: tuple[int, ...] = (),
     ignore_eos: bool = False,
     kv: str | None = None,
+    speculate: str | None = None,
 ) -> Generated:
     """Open the engine, run one request, close it.
 
@@ -83,10 +89,11 @@ def generate(
         ignore_eos=ignore_eos,
         kv=policy,
     )
-    with open_engine(path) as engine:
+    overrides: dict[str, Any] = {} if speculate is None else {"speculation": speculate}
+    with open_engine(path, **overrides) as engine:
         events, elapsed_ms = _timed(engine, request)
         label = (policy or engine.info.kv_policy).label
-        evictions = engine.kv_stats().evictions
+        speculation, stats = engine.info.speculation, engine.kv_stats()
     last = events[-1]
     if last.finish is FinishReason.ERROR or last.finish is None:
         raise UsageError(last.error or "the engine ended the request without a reason")
@@ -98,8 +105,11 @@ def generate(
         text=None if tokenizer is None else tokenizer.decode(output),
         finish=last.finish,
         kv_policy=label,
-        evictions=evictions,
+        evictions=stats.evictions,
         elapsed_ms=elapsed_ms,
+        speculation=speculation_label(speculation),
+        draft_tokens=stats.draft_tokens,
+        accepted_tokens=stats.accepted_tokens,
     )
 
 

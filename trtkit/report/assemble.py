@@ -14,7 +14,7 @@ from trtkit.report.rows import detail_sections, memory_section, speed_sections
 from trtkit.report.series import plots
 from trtkit.report.verdict import tiles
 from trtkit.spec.kv import KVFidelity
-from trtkit.spec.result import BenchResult
+from trtkit.spec.result import BenchResult, tokens_per_step
 
 
 def assemble(records: Records, prices: PriceBook | None = None, *, title: str = "trtkit comparison") -> Report:
@@ -41,7 +41,7 @@ def assemble(records: Records, prices: PriceBook | None = None, *, title: str = 
         tiles=tiles(found, comparison),
         comparison=comparison,
         details=details,
-        notes=(*notes.texts, *_fidelity_notes(found), *_reuse_notes(found), *mixed, *superseded),
+        notes=(*notes.texts, *_fidelity_notes(found), *_reuse_notes(found), *_guess_notes(found), *mixed, *superseded),
         assumptions=assumptions,
         definitions=definitions((*comparison, *details), found),
         checks=check_lines(found),
@@ -68,6 +68,26 @@ def _reuse_notes(found: tuple[Configuration, ...]) -> tuple[str, ...]:
         for result in c.bench
         if result.repeats
     )
+
+
+def _guess_notes(found: tuple[Configuration, ...]) -> tuple[str, ...]:
+    """How the guesses did, for each record of an engine that guesses."""
+    return tuple(
+        f"{c.column.title}, {condition(result.workload)}: speculation {c.plan.speculation.label}: {_guessed(result)}"
+        for c in found
+        if c.plan.speculation is not None
+        for result in c.bench
+        if result.repeats
+    )
+
+
+def _guessed(result: BenchResult) -> str:
+    drafted = [repeat.kv.draft_tokens for repeat in result.repeats]
+    accepted = [repeat.kv.accepted_tokens for repeat in result.repeats]
+    if None in drafted or None in accepted:
+        return "the runtime does not tell how many guesses were right"
+    right, guessed = (sum(n or 0 for n in counts) for counts in (accepted, drafted))
+    return f"{right:,} of {guessed:,} guessed tokens were right, {tokens_per_step(result.repeats):.2f} tokens a step"
 
 
 def _reused(result: BenchResult) -> str:

@@ -123,7 +123,12 @@ def role_of(plan: BuildPlan) -> str:
 
 
 def _title(engine: EngineRef) -> str:
-    return _role_title(engine) + (" + prefix reuse" if engine.plan.limits.enable_block_reuse else "")
+    guesses = engine.plan.speculation
+    return (
+        _role_title(engine)
+        + (" + prefix reuse" if engine.plan.limits.enable_block_reuse else "")
+        + ("" if guesses is None else f" + n-gram {guesses.max_draft_tokens}")
+    )
 
 
 def _role_title(engine: EngineRef) -> str:

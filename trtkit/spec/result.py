@@ -5,7 +5,7 @@ One `BenchResult` is one cell: one engine under one `Workload`, `repeats` times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trtkit.spec.engine import KVStats
@@ -66,6 +66,16 @@ class Repeat:
     kv: KVStats
     warmup_requests: int
     duration_ns: int
+
+
+def tokens_per_step(repeats: Sequence[Repeat]) -> float | None:
+    """Output tokens that a step gave each of its requests, on average: 1 without speculation; None if nobody tells."""
+    told = [repeat.kv.accepted_tokens for repeat in repeats]
+    accepted = [tokens for tokens in told if tokens is not None]
+    written = sum(sample.output_tokens for repeat in repeats for sample in repeat.samples)
+    if len(accepted) < len(told):
+        return None
+    return written / (written - sum(accepted)) if written > sum(accepted) else 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
