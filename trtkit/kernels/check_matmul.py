@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trtkit.kernels import matmul
+from trtkit.kernels import check_matmul_grouped, matmul
 from trtkit.kernels.dispatch import use_triton
 from trtkit.kernels.matmul_tiles import MEASURED_ROWS, WIDTHS, Tile
 from trtkit.kernels.selfcheck import Answers, Check, CheckShape, Draws, failures
@@ -28,6 +28,9 @@ def checks(device: torch.device, shape: CheckShape) -> Iterator[Check]:
     """Products of each weight type, for each width of the tokens."""
     bound = BOUNDS[shape.dtype]
     for weight_type in shape.weight_dtypes:
+        if weight_type is torch.uint8 or (weight_type is torch.int8 and shape.weight_group):
+            yield from check_matmul_grouped.checks(device, shape, weight_type, bound)
+            continue
         _compile_ahead(device, shape, weight_type)
         name = str(weight_type).removeprefix("torch.")
         most = max(WIDTHS) if weight_type in _QUANTISED else matmul.DECODE_ROWS

@@ -44,7 +44,7 @@ def grouped_candidates(width: int, item: float, group: int) -> tuple[Tile, ...]:
     """`candidates` for weights of `item` bytes with a scale for each `group` of inputs."""
     if INTERPRETED:
         return (replace(INTERPRETED_TILE, inputs=2 * max(group, INTERPRETED_TILE.inputs)),)
-    return tuple(tile for tile in grouped_tiles(width, item, group) if (width, tile, item) not in _rejected())
+    return tuple(tile for tile in grouped_tiles(width, group) if (width, tile, item) not in _rejected())
 
 
 def reject_grouped(width: int, item: float, tile: Tile) -> None:
@@ -81,9 +81,7 @@ def grouped_configurations() -> list[triton.Config]:
     """All there are for groups of 128; `prune_grouped` has those of other groups."""
     if INTERPRETED:
         return [configuration(INTERPRETED_TILE)]
-    return [
-        configuration(tile) for width in GROUPED_WIDTHS for item in (0.5, 1) for tile in grouped_tiles(width, item, 128)
-    ]
+    return [configuration(tile) for width in GROUPED_WIDTHS for tile in grouped_tiles(width, 128)]
 
 
 def prune_grouped(_: list[triton.Config], named: dict[str, Any], **keywords: Any) -> list[triton.Config]:

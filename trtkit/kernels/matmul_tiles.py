@@ -85,11 +85,14 @@ GROUPS = (32, 64, 128, 256)
 
 _GROUPED_TILES = {
     8: [(64, 256, 3, 2, True), (128, 256, 3, 2, True), (64, 128, 4, 2, True)],
-    16: [(64, 256, 3, 2, True), (128, 256, 3, 2, True), (128, 256, 3, 4, False), (256, 256, 3, 4, False)],
-    32: [(64, 256, 3, 2, True), (128, 256, 3, 4, False), (256, 256, 3, 8, False)],
+    16: [(128, 256, 3, 4, False), (256, 128, 4, 4, False), (64, 256, 3, 2, True)],
+    32: [(128, 256, 3, 4, False), (256, 128, 4, 8, False), (128, 128, 4, 4, True), (256, 128, 4, 8, True)],
     64: [(128, 128, 4, 4, True), (256, 128, 4, 8, True)],
-    128: [(128, 128, 4, 8, True)],
+    128: [(128, 128, 4, 8, True), (64, 128, 4, 4, True)],
 }
+"""As `_TILES`, for packed INT4 and groups of 128.
+
+"""
 
 GROUPED_WIDTHS = tuple(_GROUPED_TILES)
 
@@ -105,10 +108,14 @@ def tiles_for(width: int, item: int) -> tuple[Tile, ...]:
 
 
 @cache
-def grouped_tiles(width: int, item: float, group: int) -> tuple[Tile, ...]:
-    """What is tried for weights of `item` bytes with a scale for each `group` of inputs; a step has whole groups."""
+def grouped_tiles(width: int, group: int) -> tuple[Tile, ...]:
+    """What is tried for weights with a scale for each `group` of inputs.
+
+    A step has whole groups, and of small ones no more than of 128, whose sums would not fit the registers.
+    """
+    smaller = max(1, 128 // group)
     tiles = (
-        Tile(outputs=outputs, inputs=max(inputs, group), stages=stages, warps=warps, left=left)
+        Tile(outputs=outputs, inputs=max(inputs // smaller, group), stages=stages, warps=warps, left=left)
         for outputs, inputs, stages, warps, left in _GROUPED_TILES[width]
     )
     return tuple(dict.fromkeys(tiles))

@@ -38,6 +38,9 @@ class CheckShape:
     tokens_per_block: int = 32
     max_tokens: int = 512
     has_bias: bool = False
+    weight_group: int = 0
+    """Input channels that share a scale of a quantised weight; 0 is one scale for an output channel (INT4: groups of 128)."""
+    zero_points: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ bits: see `matmul_tiles.grouped_tiles` for what that leaves an SM.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -107,6 +109,27 @@ def fused_linear(
         BT=width, EARLY=early, **launch_options(early=early), **fixed,
     )  # fmt: skip
     return out
+
+
+def compile_ahead(x_TI: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias_O: Tensor | None) -> None:
+    """Compile every tile for operands like these, on all cores of the host, without running any.
+
+    A tile that does not compile is passed over here; whoever runs it is told.
+    """
+    if INTERPRETED:
+        return
+    group, packed, bits, item = _operand(weight, scale)
+    numbers = torch.empty(16, dtype=torch.float32, device=x_TI.device)
+    outputs, inputs = weight.shape[0], x_TI.shape[1]
+    early, constants = starts_early(x_TI.device), _constants(scale, zero, bias_O, group, packed=packed)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        for width in GROUPED_WIDTHS:
+            for tile in grouped_candidates(width, item, group):
+                _grouped.fn.fn.warmup(
+                    x_TI, bits, scale, zero, bias_O, x_TI, numbers, numbers.view(torch.int32), 1, outputs, inputs,
+                    bits.stride(0), inputs, outputs, **constants, BT=width, EARLY=early, EVEN=inputs % tile.inputs == 0,
+                    grid=(1,), **launch_options(early=early), **configuration(tile).all_kwargs(),
+                )  # fmt: skip
 
 
 def _operand(weight: Tensor, scale: Tensor) -> tuple[int, bool, Tensor, float]:

@@ -5,11 +5,23 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from trtkit.kernels import check_matmul, check_odd, dispatch, fused, matmul, paged, ranking, sampling, slots
+from trtkit.kernels import (
+    check_matmul,
+    check_matmul_grouped,
+    check_odd,
+    dispatch,
+    fused,
+    matmul,
+    paged,
+    ranking,
+    sampling,
+    slots,
+)
 from trtkit.kernels.selfcheck import CheckShape, self_check
 
 if importlib.util.find_spec("triton") is None:
@@ -18,7 +30,7 @@ if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("triton was imported without its interpreter before this file", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
 
-from trtkit.kernels import matmul_configs, matmul_tiles, triton_fused_fp8, triton_matmul
+from trtkit.kernels import matmul_configs, matmul_tiles, triton_fused_fp8, triton_matmul, triton_matmul_grouped
 
 SHAPE = CheckShape(
     dtype=torch.float16, kv_dtype=torch.float16, weight_dtypes=(torch.int8, torch.float8_e4m3fn, torch.float16),
@@ -29,12 +41,14 @@ SHAPE = CheckShape(
 
 @pytest.fixture(autouse=True)
 def kernels_instead_of_twins(monkeypatch):
-    for module in (check_matmul, fused, matmul, paged, ranking, sampling, slots):
+    for module in (check_matmul, check_matmul_grouped, fused, matmul, paged, ranking, sampling, slots):
         monkeypatch.setattr(module, "use_triton", lambda _, family: family not in dispatch.disabled())
     for module in (fused, matmul):
         monkeypatch.setattr(module, "has_fp8", lambda _: True)
     monkeypatch.setattr(check_matmul, "_INPUTS", 512)
     monkeypatch.setattr(check_matmul, "_OUTPUTS", 48)
+    monkeypatch.setattr(check_matmul_grouped, "_INPUTS", 384)
+    monkeypatch.setattr(check_matmul_grouped, "_OUTPUTS", 40)
     yield
     matmul_configs._rejected().clear()
     for family in dispatch.disabled():
@@ -57,6 +71,37 @@ def test_kernels_pass_at_odd_shapes(monkeypatch):
     rows = self_check(torch.device("cpu"), SHAPE, families=set(dispatch.FAMILIES) - {"matmul"}, thorough=True)
     assert [row for row in rows if not row.ok] == []
     assert len([row for row in rows if row.name.startswith("odd shapes")]) > 16
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "group", "zeros"), [(torch.uint8, 128, False), (torch.uint8, 32, True), (torch.int8, 64, False)]
+)
+def test_products_of_grouped_weights_pass(weight_type, group, zeros):
+    shape = replace(SHAPE, weight_dtypes=(weight_type,), weight_group=group, zero_points=zeros, has_bias=zeros)
+    rows = self_check(torch.device("cpu"), shape, families=["matmul"])
+    assert [row for row in rows if not row.ok] == []
+    kind = "int4" if weight_type is torch.uint8 else "int8"
+    assert len([row for row in rows if row.name.startswith(f"{kind} in groups of {group}, ")]) == 7
+
+
+def test_a_wrong_tile_of_grouped_weights_is_rejected_for_them_alone(monkeypatch):
+    monkeypatch.setattr(matmul_configs, "INTERPRETED", False)  # so that there is a list to choose from
+    monkeypatch.setattr(triton_matmul_grouped, "compile_ahead", lambda *_: None)
+    wrong = matmul_tiles.grouped_tiles(16, 128)[0]
+
+    def product(x, weight, scale, zero, bias, out, *, tile=None):
+        right = matmul.linear_twin(x, weight, scale, bias, zero=zero, out=out)
+        return right.mul_(1.1) if tile == wrong and x.shape[0] == 13 else right
+
+    monkeypatch.setattr(triton_matmul_grouped, "fused_linear", product)
+    monkeypatch.setattr(triton_matmul_grouped, "linear", matmul.linear_twin)
+    shape = replace(SHAPE, weight_dtypes=(torch.uint8,), weight_group=128)
+    rows = self_check(torch.device("cpu"), shape, families=["matmul"])
+    assert len([row for row in rows if not row.ok]) == 1
+    assert not dispatch.disabled()
+    assert matmul_configs.grouped_candidates(16, 0.5, 128) == matmul_tiles.grouped_tiles(16, 128)[1:]
+    assert matmul_configs.grouped_candidates(16, 1, 128) == matmul_tiles.grouped_tiles(16, 128)
+    assert matmul_configs.grouped_candidates(32, 0.5, 128) == matmul_tiles.grouped_tiles(32, 128)
 
 
 def test_a_wrong_tile_is_rejected_and_the_family_stays_while_another_is_left(monkeypatch):
