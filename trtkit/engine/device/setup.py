@@ -66,6 +66,8 @@ def checked_kernels(
         dtype=compute,
         kv_dtype=torch_dtype(kv_dtype),
         weight_dtypes=(compute,) if stored is compute else (stored, compute),
+        weight_group=quant.group_size,
+        zero_points=quant.zero_points,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
