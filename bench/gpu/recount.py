@@ -92,8 +92,13 @@ def token_flops(plan: Plan, load: Mapping[str, Any]) -> tuple[float, float]:
     return blocks, attention + 2 * model["vocab_size"] * model["hidden_size"]
 
 
-def floor_s(plan: Plan, load: Mapping[str, Any], rates: Mapping[str, float], batch: int) -> tuple[float, float] | None:
-    """Least seconds of one prompt and of one step; `rates` are "read", "wide" and "fp8". None where one is not known."""
+def floor_s(
+    plan: Plan, load: Mapping[str, Any], rates: Mapping[str, float], batch: int, *, per_step: float = 1.0
+) -> tuple[float, float] | None:
+    """Least seconds of one prompt and of one more token for each request; None where a rate is not known.
+
+    `rates` are "read", "wide" and "fp8"; a step gives each request `per_step` tokens.
+    """
     fp8 = plan["quant"]["activations"] == "fp8" and plan["gpu"] != "cpu"
     narrow = rates.get("fp8") if fp8 else rates.get("wide")
     wide = rates.get("wide", narrow)
@@ -103,7 +108,7 @@ def floor_s(plan: Plan, load: Mapping[str, Any], rates: Mapping[str, float], bat
     def seconds(flops: tuple[float, float]) -> float:
         return flops[0] / narrow + flops[1] / wide
 
-    step = max(step_bytes(plan, load, batch) / rates["read"], batch * seconds(token_flops(plan, load)))
+    step = max(step_bytes(plan, load, batch) / rates["read"] / per_step, batch * seconds(token_flops(plan, load)))
     return seconds(prompt_flops(plan, load)), step
 
 

@@ -19,6 +19,7 @@ import torch
 from bench.gpu import common, forecast, h2o, kernel_bench, llama70b, recompute, recount
 from bench.gpu import rows as table
 from bench.gpu.h2o_runs import Setup
+from trtkit.benchmark.shares import floor
 from trtkit.engine.dummy import dummy_weights
 from trtkit.plan.work import decode_flops, prefill_flops, weight_read_bytes
 from trtkit.spec.codec import to_plain
@@ -119,12 +120,35 @@ def test_work_counted_a_second_way_is_the_same_for_every_row_and_cell(gpu: str) 
             _, sheet, _ = forecast.cell_numbers(plan, load, {})
             prompt_s, step_s = recount.floor_s(to_plain(plan), to_plain(load), recount.DATASHEET[gpu], sheet.batch)
             assert 1e3 * step_s == pytest.approx(sheet.step_ms.value, rel=1e-9)
+            twice = recount.floor_s(to_plain(plan), to_plain(load), recount.DATASHEET[gpu], sheet.batch, per_step=2.0)
+            theirs = floor(plan, load, forecast.datasheet_limits(gpu), sheet.batch, per_step=2.0)
+            assert twice == pytest.approx((theirs.prefill_s, theirs.step_s), rel=1e-9)
             if sheet.ttft_ms is not None:
                 assert 1e3 * prompt_s == pytest.approx(sheet.ttft_ms.value, rel=1e-9)
             assert sum(recount.token_flops(to_plain(plan), to_plain(load))) == pytest.approx(
                 decode_flops(plan.model, recount.context(to_plain(plan), to_plain(load)))
             )
     assert sum(recount.prompt_flops(to_plain(plan), {"isl": 512})) == pytest.approx(prefill_flops(plan.model, 512))
+
+
+def test_a_speculating_cells_shares_are_limited_by_what_its_steps_gave(record: dict[str, Any]) -> None:
+    """As the engine's own count says: a quarter of the tokens were accepted guesses, so a step gave four thirds."""
+    cell = record["rows"][0]["cells"][1]
+    result = cell["result"]
+    plan, load = result["engine"]["plan"], result["workload"]
+    plan["speculation"] = {"kind": "ngram", "max_draft_tokens": 4}
+    for repeat in result["repeats"]:
+        repeat["kv"]["accepted_tokens"] = 8 * 256 // 4
+    rates = recount.rates_of(result["environment"]["machine_limits"])
+    batch = max(repeat["kv"]["requests_peak"] for repeat in result["repeats"])
+    prompt_s, step_s = recount.floor_s(plan, load, rates, batch, per_step=4 / 3)
+    rate = result["metrics"]["tps"]["stats"]["value"]["value"]
+    share = rate * (batch * prompt_s + (load["osl"] - 1) * step_s) / (batch * load["osl"])
+    kept = {"value": result["shares"]["ttft_ms"]["value"]}
+    result["shares"] = {"ttft_ms": kept, "tps": {"value": share}}
+    assert [line for line in recompute.llama_differences(record) if "share" in line] == []
+    result["shares"]["tps"]["value"] *= 1.2
+    assert [line for line in recompute.llama_differences(record) if "share of tps" in line]
 
 
 def test_students_point_is_that_of_the_tables() -> None:
