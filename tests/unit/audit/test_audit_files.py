@@ -12,6 +12,7 @@ from trtkit.spec.codec import write_record
 from trtkit.spec.errors import InputError
 from trtkit.spec.measured import Measured, Source
 from trtkit.spec.result import BENCH_KIND, QUALITY_KIND
+from trtkit.spec.speculation import SpeculationSpec
 
 ROOT = Path(__file__).parents[3]
 HEADER = "name,model,gpu,num_gpus,tp,precision,kv,kv_dtype,metric,concurrency,isl,osl,value,unit,price_usd_per_gpu_h"
@@ -199,6 +200,32 @@ def test_a_gpu_record_is_held_against_the_datasheet():
     assert broken["datasheet_limit.tpot_ms"] == "fail"
 
 
+def test_a_gpu_record_with_speculation_is_held_against_all_its_guesses_and_against_those_that_were_right():
+    result = synthetic_records.bench()
+    plan = replace(result.engine.plan, gpu="h100-sxm")
+    guessing = replace(plan, speculation=SpeculationSpec(max_draft_tokens=3))
+
+    def limits(plan, accepted):
+        repeats = tuple(replace(r, kv=replace(r.kv, accepted_tokens=accepted)) for r in result.repeats)
+        on_gpu = replace(
+            result,
+            engine=replace(result.engine, plan=plan),
+            repeats=repeats,
+            environment=synthetic_records.environment(device="cuda:0"),
+        )
+        details = {c.name: c.detail for c in check_result(on_gpu)}
+        return [
+            float(details[f"datasheet_limit.{key}"].split()[place].replace(",", ""))
+            for key, place in (("tpot_ms", 7), ("tps", 6))
+        ]
+
+    tokens = sum(sample.output_tokens for sample in result.repeats[0].samples)
+    tpot_ms, tps = limits(plan, 0)
+    assert limits(guessing, 0) == [pytest.approx(tpot_ms / 4, abs=1e-3), tps]
+    assert limits(guessing, tokens // 2)[1] == pytest.approx(2 * tps, rel=1e-3)
+    assert limits(guessing, None)[1] == pytest.approx(4 * tps, rel=1e-3)
+
+
 def test_a_gpu_record_with_block_reuse_is_held_against_what_it_had_to_compute():
     result = synthetic_records.bench(isl=4096)
     plan = replace(result.engine.plan, gpu="h100-sxm")
@@ -217,7 +244,9 @@ def test_a_gpu_record_with_block_reuse_is_held_against_what_it_had_to_compute():
     alike = replace(result.workload, shared_prefix_tokens=4095)
     reusing = replace(plan.limits, enable_block_reuse=True)
     whole = check(alike, plan.limits)
-    assert check(result.workload, reusing).detail == whole.detail, "prompts without a shared prefix have nothing to reuse"
+    assert check(result.workload, reusing).detail == whole.detail, (
+        "prompts without a shared prefix have nothing to reuse"
+    )
     assert check(alike, reusing).detail != whole.detail
     between_ms = 0.01
     assert check(alike, plan.limits, between_ms).status == "fail"

@@ -22,6 +22,8 @@ from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
 from trtkit.spec.plan import BuildPlan, Limits
 from trtkit.spec.quant import quant_for
+from trtkit.spec.result import tokens_per_step
+from trtkit.spec.speculation import SpeculationSpec
 from trtkit.spec.workload import Workload
 
 LOAD = Workload(isl=4, osl=4, num_requests=3, concurrency=1)
@@ -165,3 +167,29 @@ def test_what_block_reuse_may_skip_counts_for_nothing_and_is_read_once() -> None
 
 def test_block_reuse_skips_nothing_of_prompts_that_share_nothing() -> None:
     assert floor(REUSING, LOAD, limits(), 3) == floor(PLAN, LOAD, limits(), 3)
+
+
+def test_guesses_that_were_right_save_reading_but_no_multiplying() -> None:
+    assert floor(PLAN, LOAD, limits(multiply=1e15), 8, per_step=2.0).step_s == pytest.approx(
+        floor(PLAN, LOAD, limits(multiply=1e15), 8).step_s / 2
+    )
+    slow = limits(read=1e15)
+    assert floor(PLAN, LOAD, slow, 8, per_step=2.0) == floor(PLAN, LOAD, slow, 8)
+
+
+def test_with_speculation_tps_is_held_against_what_was_accepted_and_tpot_against_nothing() -> None:
+    guessing = replace(PLAN, speculation=SpeculationSpec(max_draft_tokens=4))
+    metrics = compute_metrics([repeat(sample())], LOAD)
+    plain = shares(PLAN, LOAD, metrics, limits(multiply=1e15))
+    guessed = shares(guessing, LOAD, metrics, limits(multiply=1e15), per_step=1.5)
+    assert set(guessed) == set(plain) - {"tpot_ms"}
+    assert guessed["tps"].value == pytest.approx(plain["tps"].value / 1.5, rel=1e-3)
+    assert set(shares(guessing, LOAD, metrics, limits(), per_step=None)) == {"ttft_ms"}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "tokens"), [([0, 0], 1.0), ([2, 2], 2.0), ([1, 2], 8 / 5), ([0, None], None), ([8, 0], 1.0)]
+)
+def test_tokens_a_step_are_counted_over_all_repeats(accepted: list[int | None], tokens: float | None) -> None:
+    repeats = [repeat(sample(), accepted_tokens=count) for count in accepted]
+    assert tokens_per_step(repeats) == tokens

@@ -9,6 +9,7 @@ from support.synthetic_records import PRICES, bench
 from trtkit.report.assemble import assemble
 from trtkit.report.records import Records
 from trtkit.spec.result import BenchResult
+from trtkit.spec.speculation import SpeculationSpec
 
 
 def _reusing(tokens: int | None) -> BenchResult:
@@ -37,3 +38,26 @@ def test_a_runtime_that_does_not_tell_what_it_reused_is_not_taken_for_zero() -> 
 
 def test_an_engine_without_block_reuse_gets_no_such_remark() -> None:
     assert "prompt tokens" not in _notes(bench())
+
+
+def _guessing(drafted: int | None, accepted: int | None) -> BenchResult:
+    result = bench()
+    plan = replace(result.engine.plan, speculation=SpeculationSpec(max_draft_tokens=4))
+    repeats = tuple(
+        replace(r, kv=replace(r.kv, draft_tokens=drafted, accepted_tokens=accepted)) for r in result.repeats
+    )
+    return replace(result, engine=replace(result.engine, plan=plan), repeats=repeats)
+
+
+def test_how_guesses_did_is_told_with_the_load_they_were_made_on() -> None:
+    result = _guessing(400, 100)
+    count = len(result.repeats)
+    assert f"ISL 64, OSL 32: speculation ngram:4: {100 * count:,} of {400 * count:,} guessed tokens" in _notes(result)
+
+
+def test_a_runtime_that_does_not_tell_its_guesses_is_not_taken_for_zero() -> None:
+    assert "the runtime does not tell how many guesses were right" in _notes(_guessing(None, None))
+
+
+def test_an_engine_without_speculation_gets_no_such_remark() -> None:
+    assert "guess" not in _notes(bench())

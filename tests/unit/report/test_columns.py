@@ -9,6 +9,7 @@ from trtkit.report.columns import configurations
 from trtkit.spec.dtype import DType
 from trtkit.spec.kv import KVFidelity, parse_kv_policy
 from trtkit.spec.result import BenchResult
+from trtkit.spec.speculation import SpeculationSpec
 
 
 def titles(*results: BenchResult) -> list[str]:
@@ -78,6 +79,12 @@ def test_an_engine_that_reuses_prefixes_says_so() -> None:
     (found,) = configurations([reusing], ())[0]
     assert (found.column.title, found.column.kv) == ("Baseline (FP32) + prefix reuse", "full, prefixes reused")
     assert titles(result) == ["Baseline (FP32)"]
+
+
+def test_an_engine_that_guesses_says_so() -> None:
+    plan = replace(bench().engine.plan, speculation=SpeculationSpec(max_draft_tokens=4))
+    guessing = replace(bench(), engine=replace(bench().engine, plan=plan))
+    assert titles(bench(), guessing) == ["Baseline (FP32)", "Baseline (FP32) + n-gram 4"]
 
 
 def test_columns_of_one_title_are_told_apart_by_engine() -> None:
