@@ -44,6 +44,10 @@ LOST = "engine: "
 _TOO_LITTLE_MEMORY = ("out of memory", "not enough memory", "buffers beside the kv pool")
 """As torch, Python and the engine's opening say it."""
 _LOG_LINES = 60
+_SURVIVABLE = (
+    TrtkitError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError, LookupError, OSError,
+)  # fmt: skip
+"""What one cell may fail with."""
 _FIRST_GUESS = 1.25
 """A cell is taken to last this much longer than predicted until one has been measured."""
 
@@ -258,7 +262,7 @@ class _Runner:
         started = time.monotonic()
         try:
             result = self._measure(cell)
-        except (TrtkitError, RuntimeError, ValueError, LookupError, OSError) as error:
+        except _SURVIVABLE as error:
             # Nobody is there to start again: whatever it was costs this cell and no other.
             sweep.say(f"  {cell.name}: {type(error).__name__}: {error}")
             return replace(planned, not_run=f"{LOST}{error}")
