@@ -29,6 +29,7 @@ from bench.gpu.memory import fits, memory_rows
 from bench.gpu.rows import ROWS, STAGES, Scale, cell_plan, default_rows, plan_of, real_scale, rehearsal_scale
 from bench.gpu.sweep import CellPlan, RowOutcome, Sweep, run_row
 from trtkit.backends.remote import DEFAULT_OPENER
+from trtkit.benchmark.nvml import management_library
 from trtkit.plan.names import gpu_word
 from trtkit.plan.prices import load_prices
 from trtkit.spec.catalog import gpu_spec
@@ -67,12 +68,13 @@ def detect_gpu() -> str:
 
 
 def _name_by_nvml() -> str:
+    nvml = management_library()
+    if nvml is None:
+        return ""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-    except Exception:  # noqa: BLE001 - no library, no driver, no device: the answer is the same
+        nvml.nvmlInit()
+        name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0))
+    except nvml.NVMLError:  # no driver or no device
         return ""
     return name if isinstance(name, str) else name.decode()
 
