@@ -40,6 +40,12 @@ TYPES = {
     "INT8, FP16, FP8 cache": {
         "dtype": torch.float16, "kv_dtype": torch.float8_e4m3fn, "weight_dtypes": (torch.int8,),
     },
+    "INT4, FP16": {
+        "dtype": torch.float16, "kv_dtype": torch.float16, "weight_dtypes": (torch.uint8,), "weight_group": 128,
+    },
+    "BF16, FP8 cache": {
+        "dtype": torch.bfloat16, "kv_dtype": torch.float8_e4m3fn, "weight_dtypes": (),
+    },
 }  # fmt: skip
 """Weights and computation, and the cache where it is another type; most important first."""
 TINY = {

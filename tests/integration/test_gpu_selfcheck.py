@@ -65,6 +65,34 @@ def test_a_whole_context_needs_no_second_process(monkeypatch: pytest.MonkeyPatch
     assert (record.fatal, record.fallen, disabled()) == ((), {}, {})
 
 
+def test_every_row_of_the_table_has_its_types_checked():
+    """Its weights with its compute type, and its compute type with its cache: in one check or in two."""
+    from bench.gpu.rows import ROWS, plan_of, real_scale
+    from trtkit.spec.dtype import DType
+
+    stored = {
+        DType.INT4: torch.uint8,
+        DType.INT8: torch.int8,
+        DType.FP8: torch.float8_e4m3fn,
+        DType.FP16: torch.float16,
+    }
+    compute = {DType.FP16: torch.float16, DType.BF16: torch.bfloat16, DType.FP8: torch.float8_e4m3fn}
+    weights = {(weight, types["dtype"]) for types in TYPES.values() for weight in types["weight_dtypes"]}
+    caches = {(types["dtype"], types["kv_dtype"]) for types in TYPES.values()}
+    groups = {types.get("weight_group", 0) for types in TYPES.values()}
+    for key in ROWS:
+        quant = plan_of(key, real_scale("h200")).quant
+        assert (stored[quant.weights], compute[quant.compute]) in weights, key
+        assert (compute[quant.compute], compute[quant.kv]) in caches, key
+        assert quant.group_size in groups, key
+
+
+def test_int4_is_checked_in_its_groups():
+    rows = selfcheck.in_this_process(CPU, "INT4, FP16", ("matmul",), rehearse=True)
+    assert any("int4 in groups of 128" in row.check.name for row in rows)
+    assert all(row.check.ok for row in rows)
+
+
 def test_the_families_to_switch_off_are_printed_for_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "selfcheck.json"
     assert (print_fatal(path), capsys.readouterr().out) == (0, "\n")
