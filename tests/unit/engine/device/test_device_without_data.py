@@ -45,7 +45,7 @@ def _fp8_rows(like: Tensor, tokens: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 SHAPES: dict[str, Callable[..., Any]] = {
-    "linear": lambda x, w, *_, out=None: _empty(out, x, x.shape[0], w.shape[0]),
+    "linear": lambda x, w, *_, zero=None, out=None: _empty(out, x, x.shape[0], w.shape[0]),
     "fp8_linear": lambda x, w, *_, out=None: _empty(out, x, x.shape[0], w.shape[0]),
     "add_rms_norm": lambda _, residual, *__, out=None: _empty(out, residual, *residual.shape),
     "silu_mul": lambda x, out=None: _empty(out, x, x.shape[0], x.shape[1] // 2),
