@@ -43,21 +43,27 @@ class Work:
 works = st.builds(
     Work,
     text=st.integers(0, 1),
-    shared=st.integers(0, 30),
+    shared=st.integers(0, 22),
     own=st.integers(0, 8),
-    new=st.integers(1, 14),
-    waits=st.integers(0, 6),
+    new=st.integers(1, 30),
+    waits=st.integers(0, 3),
     sampled=st.booleans(),
-    stops=st.none() | st.integers(3, 40),
-    cancel_after=st.none() | st.none() | st.integers(0, 8),
+    stops=st.none() | st.none() | st.integers(3, 40),
+    cancel_after=st.none() | st.none() | st.none() | st.integers(0, 8),
 )
-engines = st.fixed_dictionaries(
-    {
-        "blocks": st.integers(27, 60),
-        "max_batch_size": st.integers(1, 6),
-        "max_num_tokens": st.integers(6, 64),
-        "tokens_per_block": st.sampled_from([2, 4, 5]),
-    }
+
+
+def _options(size: int, tokens: int, batch: int, step: int) -> dict[str, int]:
+    blocks = -(-tokens // size)
+    return {"blocks": blocks, "max_batch_size": batch, "max_num_tokens": step, "tokens_per_block": size}
+
+
+engines = st.builds(
+    _options,
+    size=st.sampled_from([2, 4, 5]),
+    tokens=st.integers(60, 90),  # the longest request just fits; a few of them do not
+    batch=st.integers(2, 6),
+    step=st.integers(6, 64),
 )
 
 
@@ -113,7 +119,7 @@ def _same(plain: dict[str, list[int]], reusing: dict[str, list[int]], load: list
             assert reusing[name] == tokens
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(load=st.lists(works, min_size=1, max_size=8), options=engines)
 def test_reuse_changes_no_token_on_the_cpu_engine(load: list[Work], options: dict[str, int]) -> None:
     plain = open_hf(_hf(), max_seq_len=64, **options)
@@ -124,7 +130,7 @@ def test_reuse_changes_no_token_on_the_cpu_engine(load: list[Work], options: dic
     _same(told, _told(reusing, load), load)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(load=st.lists(works, min_size=1, max_size=8), options=engines, late=st.integers(0, 1))
 def test_reuse_changes_no_token_on_the_device_path(load: list[Work], options: dict[str, int], late: int) -> None:
     plain = open_device(_hf(), max_seq_len=64, late=late, **options)
