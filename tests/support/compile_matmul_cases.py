@@ -1,4 +1,4 @@
-"""Calls that compile the kernels of `trtkit.kernels.triton_matmul` at Llama 3 70B's shapes."""
+"""Calls that compile the kernels of `trtkit.kernels.triton_matmul` and its neighbours at Llama 3 70B's shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from triton.runtime import driver
 
-from trtkit.kernels import triton_matmul, triton_quantise
+from trtkit.kernels import triton_matmul, triton_matmul_grouped, triton_quantise, triton_widen_groups
 
 
 def _weight(outputs: int, inputs: int, dtype: torch.dtype):
@@ -20,6 +20,20 @@ def _linear(tokens: int, dtype: torch.dtype, weight_type: torch.dtype) -> None:
     weight, scale = _weight(8192, 8192, weight_type)
     x, out = torch.empty(tokens, 8192, dtype=dtype), torch.empty(tokens, 8192, dtype=dtype)
     triton_matmul.fused_linear(x, weight, scale, None, out)
+
+
+def _grouped(tokens: int, dtype: torch.dtype, *, bits: int = 4, group: int = 128, zeros: bool = False) -> None:
+    width = 4096 if bits == 4 else 8192
+    weight = torch.empty(8192, width, dtype=torch.uint8 if bits == 4 else torch.int8)
+    scale = torch.empty(8192, 8192 // group, dtype=dtype)
+    x, out = torch.empty(tokens, 8192, dtype=dtype), torch.empty(tokens, 8192, dtype=dtype)
+    triton_matmul_grouped.fused_linear(x, weight, scale, torch.empty_like(scale) if zeros else None, None, out)
+
+
+def _dequantise_groups() -> None:
+    scale = torch.empty(1024, 64, dtype=torch.bfloat16)
+    out = torch.empty(1024, 8192, dtype=torch.bfloat16)
+    triton_widen_groups.dequantise_groups(torch.empty(1024, 4096, dtype=torch.uint8), scale, scale, out)
 
 
 def _early() -> None:
@@ -57,4 +71,12 @@ CASES = {
     "fp8, 64 tokens": partial(_linear, 64, torch.float16, torch.float8_e4m3fn),
     "fp16, 1 token": partial(_linear, 1, torch.float16, torch.float16),
     "bf16, 64 tokens": partial(_linear, 64, torch.bfloat16, torch.bfloat16),
+    "dequantise groups": _dequantise_groups,
+    "int4, 1 token": partial(_grouped, 1, torch.float16),
+    "int4 in bf16 with zero points, 16 tokens": partial(_grouped, 16, torch.bfloat16, zeros=True),
+    "int4 with zero points, 32 tokens": partial(_grouped, 32, torch.float16, zeros=True),
+    "int4, 64 tokens": partial(_grouped, 64, torch.bfloat16),
+    "int4, 128 tokens": partial(_grouped, 128, torch.bfloat16, zeros=True),
+    "int4 in groups of 32, 1 token": partial(_grouped, 1, torch.bfloat16, group=32, zeros=True),
+    "int8 in groups, 32 tokens": partial(_grouped, 32, torch.bfloat16, bits=8),
 }

@@ -61,7 +61,9 @@ _OPERATIONS = {
     "shr.b32": lambda a, b: a >> b,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
+    "add.f16x2": _halves(lambda a, b: a + b, torch.float16),
     "sub.f16x2": _halves(lambda a, b: a - b, torch.float16),
     "mul.f16x2": _halves(lambda a, b: a * b, torch.float16),
+    "fma.rn.f16x2": _halves(lambda a, b, c: a * b + c, torch.float16),
     "fma.rn.bf16x2": _halves(lambda a, b, c: a * b + c, torch.bfloat16),
 }

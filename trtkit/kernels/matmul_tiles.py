@@ -63,7 +63,7 @@ _TILES = {
         (256, 64, 4, 4, False),
         (128, 128, 4, 4, False),
     ],
-    64: [(128, 128, 3, 8, True), (256, 64, 3, 8, True), (128, 128, 3, 4, True)],
+    64: [(256, 64, 3, 8, False), (256, 64, 4, 4, False), (128, 128, 3, 4, False), (128, 128, 3, 4, True)],
     128: [(128, 64, 4, 8, True), (128, 128, 3, 8, True), (64, 64, 4, 4, True)],
 }
 """By the tokens' width: output channels, inputs, stages, warps, weight left or right. For 16-bit weights half the
@@ -73,14 +73,16 @@ Instructions a weight of 8 bits, counted in the machine code for Hopper (an H100
 to 3.2 as left operand of `mma.sync` and 2.8 to 4.1 as the right one; a few more in bf16. Weights come by 16-byte copies
 and `ldmatrix`. With four warps or more Triton takes wgmma for a left operand of 64 rows, where 8-bit weights come out
 of shared memory two bytes at a time: 5 to 6, and 8-byte copies in, for twice the tensor rate, which matters from 64
-tokens on. So up to 32 tokens two warps and the weight left, or more and right.
+tokens on. So up to 32 tokens two warps and the weight left, or more and right. At 64 tokens on the right wgmma reads
+the widened weight from shared memory again: 2.3 to 3.4 (fp8 3.5 to 4.6), and no wgmma has to wait for the registers of
+another; eight warps on the left made ptxas serialise them, which a test now forbids.
 
 Wide tiles from 32 tokens on, because every tile reads all tokens again: at 32 tokens and 64 channels L2 would deliver
 as many bytes of tokens as of weights."""
 
 WIDTHS = tuple(_TILES)
 
-GROUPS = (32, 64, 128, 256)
+GROUPS = (32, 64, 128)
 """Groups of inputs that the product takes as they are; weights with others are widened first, however few the tokens."""
 
 _GROUPED_TILES = {
@@ -92,7 +94,13 @@ _GROUPED_TILES = {
 }
 """As `_TILES`, for packed INT4 and groups of 128.
 
-"""
+Instructions a weight in the machine code for Hopper, where an SM that reads its share of 3 TB/s could issue 4.9: 1.6 to
+1.9 up to 8 tokens (bf16 1.9 to 2.1), 1.8 to 2.0 up to 16 (2.1 to 2.2), 2.4 to 2.6 up to 32 (2.7 to 2.8), 2.7 to 2.8 up
+to 64; zero points 0.05 to 0.1 more, groups of 64 0.3 to 0.5 more. int8 in groups has twice the bytes, so 9.8 to spend:
+2.0 to 2.3 up to 8 tokens, 2.6 to 2.9 up to 16, 4.2 to 5.0 up to 32.
+
+Up to 8 tokens the weight is the left operand, whose counterpart may be 8 wide. Above, wide tiles: a tile's tokens are
+4 BT / BO of its weights' bytes, all from L2. From 32 tokens on also wgmma, which takes the tokens from shared memory."""
 
 GROUPED_WIDTHS = tuple(_GROUPED_TILES)
 
