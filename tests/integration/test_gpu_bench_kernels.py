@@ -404,7 +404,7 @@ def test_a_lost_context_starts_the_script_again_after_the_guilty_item(tmp_path, 
     assert command[command.index("--seed") + 1] == "1"
     # A restarted script counts its time from the beginning of the process, which is the same one.
     lived_s = time.monotonic() - sources.began_s()
-    assert float(command[command.index("--time-limit-s") + 1]) == pytest.approx(60 + lived_s, abs=3)
+    assert float(command[command.index("--time-limit-s") + 1]) == pytest.approx(60 + lived_s, abs=10)
     assert json.loads(session.out.read_text(encoding="utf-8"))["data"]["notes"][0].startswith("bad: RuntimeError")
 
 
@@ -417,10 +417,10 @@ from bench.gpu.sources import began_s
 print(time.monotonic() - began_s())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert 0.5 < float(done.stdout) < 30
+    assert 0.5 < float(done.stdout) < 120
     args = argparse.Namespace(rehearse=True, out=tmp_path / "r.json", time_limit_s=60, seed=1, only="", resume_at=0)
     session = common.Session("gpu-probe", args, began_s=time.monotonic() - 20)
-    assert session.left_s == pytest.approx(40, abs=2)
+    assert session.left_s == pytest.approx(40, abs=10)
 
 
 def timing(median_us):

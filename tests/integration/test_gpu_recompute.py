@@ -48,7 +48,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         llama70b.run(
             llama70b.Job(
                 out=out, scale=table.real_scale("h100-sxm"), rows=["int8", "fp8"], cells=["c1-isl512", "c8-isl512"],
-                limits=CEILINGS, time_limit_s=200.0, opener="support.fake_dummy:open_scripted", say=lambda _text: None,
+                limits=CEILINGS, time_limit_s=2000.0, opener="support.fake_dummy:open_scripted", say=lambda _text: None,
             )
         )  # fmt: skip
     return out / llama70b.FILE_NAME
@@ -287,7 +287,7 @@ def test_a_rehearsal_is_recomputed_as_well(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(parts))
     job = llama70b.Job(
         out=tmp_path, scale=table.rehearsal_scale(), rows=["int8", "int8-kv8"], cells=None, limits={},
-        time_limit_s=60.0, opener="support.fake_dummy:open_scripted", say=lambda _text: None,
+        time_limit_s=900.0, opener="support.fake_dummy:open_scripted", say=lambda _text: None,
     )  # fmt: skip
     llama70b.run(job)
     assert command(tmp_path).returncode == 0
