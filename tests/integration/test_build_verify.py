@@ -163,6 +163,16 @@ def test_int4_of_plain_weights_differs_by_the_order_of_additions_only(
     assert 0.01 < result["quantisation_drift"] < 0.5
 
 
+def test_weights_that_lie_on_a_grid_already_are_no_mistake(wide: Path) -> None:
+    tensors = load_file(wide / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "_proj.weight" in name:
+            tensors[name] = torch.where(tensor > 0, 0.21, -0.21).to(tensor.dtype)
+    save_file(tensors, wide / "model.safetensors")
+    convert(wide, wide.parent / "out", quant=quant_for("int4"))
+    assert verify(load_model_spec(wide), quant_for("int4"), wide, wide.parent / "out")["quantisation_drift"] < 0.01
+
+
 PACKED = [
     {"method": "gptq", "symmetric": True, "group": 64},
     {"method": "gptq", "symmetric": False, "group": 64, "version": "gptq_v2"},

@@ -18,7 +18,9 @@ from trtkit.spec.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SLACK = 1e-3
+_SLACK, _EXACT = 1e-3, 1e-6
+"""How much worse than the plain scale a stored one may be, as a share of that one's error and of the weights' squares: where
+weights lie on a grid already both errors are what float32 leaves."""
 _NAMES = {
     "attention.dense": "self_attn.o_proj",
     "mlp.fc": "mlp.gate_proj",
@@ -46,7 +48,7 @@ def _rounded(weight: Tensor, scale: Tensor, compute: Rounding, where: str) -> Te
     ours, our_error = _nearest(grouped, scale[:, :, None])
     plain = compute(grouped.abs().amax(dim=2, keepdim=True) / 7)
     _, plain_error = _nearest(grouped, plain)
-    worse = our_error > plain_error * (1 + _SLACK)
+    worse = our_error > plain_error * (1 + _SLACK) + _EXACT * grouped.square().sum(dim=2)
     if worse.any():
         row, group = (int(index) for index in worse.nonzero()[0])
         raise InputError(

@@ -1,9 +1,9 @@
 """INT4 in groups of inputs for the embedded engine: scales chosen by their error, numbers packed two to a byte.
 
-Rounding to the nearest of 16 numbers with scale max / 7 leaves the number -8 unused and lets one outlier widen every
-step. So each group tries a few scales and keeps the one with the least squared error: max / 7, and shares of the scale
-that puts the largest weight, whatever its sign, on -8 (such a scale may be negative). On the shipped model the error falls
-from 13.8% of the weights' own size to 11.5% (groups of 128); finer steps and least squares change less than 0.05%.
+Rounding to the nearest of 16 numbers with scale max / 7 leaves the number -8 unused. So each group has two scales to
+choose from, that one and the one that puts the largest weight, whatever its sign, on -8 (it may be negative), and takes the
+one with the smaller squared error. Neither cuts off the largest weight: scales that do have a still smaller squared error
+and were no better a model (`docs/precisions.md` has the numbers).
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from trtkit.spec.dtype import DType
 from trtkit.trtllm.cast import Array, cast
 
 INT4_MIN, INT4_MAX = -8, 7
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-"""Of the scale that puts the largest weight on -8; smaller ones cut it off."""
 
 
 def quantise_groups(
     values: Array, source: DType, size: int, compute: DType, where: str, first_row: int = 0
 ) -> tuple[NDArray[np.int8], Array]:
-    """Symmetric INT4 with the scale of least squared error for each row and group, as it is stored.
+    """Symmetric INT4 with the better of two scales for each row and group, as it is stored.
 
     Args:
         values: [rows, cols], finite, in the storage of `source`.
@@ -43,19 +41,23 @@ def quantise_groups(
     weights = cast(values, source, DType.FP32, where, first_row).reshape(rows, cols // size, size)
     low, high = weights.min(axis=2), weights.max(axis=2)
     peak = np.where(high > -low, high, low)
-    best: Array | None = None
-    error = np.empty_like(peak)
-    for wanted in (np.abs(peak) / np.float32(INT4_MAX), *(peak * np.float32(share / INT4_MIN) for share in SHARES)):
-        stored = cast(wanted, DType.FP32, compute, f"{where}: scale", first_row)
-        found = _squared_error(weights, cast(stored, compute, DType.FP32, where))
-        if best is None:
-            best, error = stored, found
-            continue
-        better = found < error
-        best, error = np.where(better, stored, best), np.where(better, found, error)
-    assert best is not None
+    best, error = _tried(weights, np.abs(peak) / np.float32(INT4_MAX), compute, where, first_row)
+    signed, signed_error = _tried(weights, peak / np.float32(INT4_MIN), compute, where, first_row)
+    best = np.where(signed_error < error, signed, best)
     numbers = _rounded(weights, cast(best, compute, DType.FP32, where))
     return numbers.astype(np.int8).reshape(rows, cols), best
+
+
+def _tried(
+    weights: NDArray[np.float32], scales: NDArray[np.float32], compute: DType, where: str, first_row: int
+) -> tuple[Array, NDArray[np.float32]]:
+    """Scales as they are stored, and the squared error of each group with them, both [rows, groups]."""
+    stored = cast(scales, DType.FP32, compute, f"{where}: scale", first_row)
+    wide = cast(stored, compute, DType.FP32, where)
+    steps = _rounded(weights, wide)
+    steps *= wide[:, :, None]
+    steps -= weights
+    return stored, np.einsum("rgi,rgi->rg", steps, steps)
 
 
 def _rounded(weights: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -64,15 +66,6 @@ def _rounded(weights: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArr
     np.rint(steps, out=steps)
     np.clip(steps, INT4_MIN, INT4_MAX, out=steps)
     return steps
-
-
-def _squared_error(weights: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each group, [rows, groups]."""
-    steps = _rounded(weights, scales)
-    steps *= scales[:, :, None]
-    steps -= weights
-    result: NDArray[np.float32] = np.einsum("rgi,rgi->rg", steps, steps)
-    return result
 
 
 def pack_groups(numbers: NDArray[np.int8], size: int) -> NDArray[np.uint8]:
