@@ -139,13 +139,9 @@ def build_engine(  # noqa: PLR0913 - one keyword per decision, all with defaults
     with working_directory(path) as partial:
         _keep_only_same_build(partial, plan, source_dir, calibration)
         job = BuildJob(
-            plan=plan,
-            source_dir=source_dir,
-            directory=partial,
-            fidelity=fidelity,
-            calib_text=calib_text,
-            progress=progress,
-        )
+            plan=plan, source_dir=source_dir, directory=partial, fidelity=fidelity,
+            calib_text=calib_text, progress=progress,
+        )  # fmt: skip
         job.versions.update(notes)
         builder(job)
         with job.phase("manifest"):

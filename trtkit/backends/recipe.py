@@ -22,7 +22,7 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import LOAD_FORMATS, TARGETS, BuildPlan, Limits, Parallelism
-from trtkit.spec.quant import GPTQ_INT8, INT4_GROUPS, QuantSpec, quant_for
+from trtkit.spec.quant import GPTQ_INT8, GROUPS, INT4_GROUPS, QuantSpec, quant_for
 from trtkit.spec.speculation import OFF, SpeculationSpec, parse_speculation
 from trtkit.spec.units import GIB, KIB, MIB
 from trtkit.trtllm.installed import installation
@@ -48,6 +48,7 @@ class BuildOptions:
     model_name: str | None = None
     description: str = ""
     precision: str | None = None
+    group_size: int | None = None
     dtype: str | None = None
     gpu: str | None = None
     tp: int | None = None
@@ -188,8 +189,10 @@ def engine_name(
     kv: KVPolicySpec,
     speculation: SpeculationSpec | None = None,
 ) -> str:
-    """`<model>-<precision>-<gpu>[-tpN][-ppN][-kvTYPE][-kv][-speculation]`, safe as a directory name."""
+    """`<model>-<precision>[-gN]-<gpu>[-tpN][-ppN][-kvTYPE][-kv][-speculation]`, safe as a directory name."""
     parts = [model, quant.precision, gpu]
+    if quant.algo == INT4_GROUPS and quant.group_size != GROUPS[0]:
+        parts[1] += f"-g{quant.group_size}"
     parts += [f"{name}{ranks}" for name, ranks in (("tp", parallel.tp), ("pp", parallel.pp)) if ranks > 1]
     if quant.kv.bits < 16:
         parts.append(f"kv{quant.kv.value}")
@@ -227,6 +230,13 @@ def _quant(options: BuildOptions) -> QuantSpec:
     quant = quant_for(precision, compute=compute)
     if compute is not None and quant.compute is not compute:
         raise UsageError(f"dtype {options.dtype} with precision {precision}: dtype is for int8 and int4, leave it out")
+    if options.group_size is not None:
+        if quant.algo != INT4_GROUPS or options.group_size not in GROUPS:
+            raise UsageError(
+                f"group_size {options.group_size} with precision {precision}: it is for int4, where allowed are "
+                f"{', '.join(map(str, GROUPS))}"
+            )
+        quant = dataclasses.replace(quant, group_size=options.group_size)
     if options.kv_dtype is None:
         return quant
     kv = DType.parse(options.kv_dtype)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trtkit.cli.common import ForceFlag, JsonFlag, emit, note, progress_bars
+
+if TYPE_CHECKING:
+    from trtkit.backends.model_source import ModelSource
+    from trtkit.backends.recipe import BuildOptions
+    from trtkit.spec.plan import BuildPlan
 
 _Limit = int | None
 Recipe = Annotated[str | None, typer.Argument(help="Recipe: a TOML file, or a name from builds/recipes/.")]
@@ -19,6 +24,9 @@ Name = Annotated[str | None, typer.Option(help="Engine name (default: the recipe
 Precision = Annotated[
     str | None,
     typer.Option(help="fp32, fp16 (default), bf16, int8, int8-gptq, int4, fp8-rowwise, fp8, int4-awq or int8-sq."),
+]
+GroupSize = Annotated[
+    _Limit, typer.Option("--group-size", help="Inputs that share a scale in int4: 128 (default), 64 or 32.")
 ]
 Compute = Annotated[
     str | None, typer.Option("--dtype", help="Compute type beside int8 or int4 weights (default fp16).")
@@ -64,6 +72,7 @@ def command(
     name: Name = None,
     precision: Precision = None,
     dtype: Compute = None,
+    group_size: GroupSize = None,
     gpu: Gpu = None,
     tp: Tp = None,
     pp: Pp = None,
@@ -85,26 +94,34 @@ def command(
     as_json: JsonFlag = False,
 ) -> None:
     """Build an engine from a recipe, from options, or from a recipe with options on top. A killed build resumes."""
-    from trtkit.backends.build import build_engine
-    from trtkit.backends.outline import outline, render, summary
+    from trtkit.backends.outline import outline, render
     from trtkit.backends.recipe import BuildOptions, load_recipe, make_plan, resolve_target
 
     given = BuildOptions(
         model=model, name=name, precision=precision, dtype=dtype, gpu=gpu, tp=tp, pp=pp, kv=kv, target=target,
         max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len, kv_memory=kv_memory,
         allow_approximate=allow_approximate or None, calib_text=calib_text, load_format=load_format, kv_dtype=kv_dtype,
-        reuse_prefix=reuse_prefix, speculate=speculate,
+        reuse_prefix=reuse_prefix, speculate=speculate, group_size=group_size,
     )  # fmt: skip
     options = given.over(load_recipe(recipe)) if recipe else given
     plan, source = make_plan(options, dry_run=dry_run)
-    approximate = bool(options.allow_approximate)
     if reason := resolve_target(options)[1]:
         note(f"target {plan.target}: {reason}", as_json=as_json)
     if dry_run:
-        outlined = outline(plan, output, allow_approximate=approximate)
+        outlined = outline(plan, output, allow_approximate=bool(options.allow_approximate))
         emit(outlined, render(outlined), as_json=as_json)
         return
+    _build(plan, source, output, options, force=force, as_json=as_json)
+
+
+def _build(
+    plan: BuildPlan, source: ModelSource, output: Path, options: BuildOptions, *, force: bool, as_json: bool
+) -> None:
+    from trtkit.backends.build import build_engine
+    from trtkit.backends.outline import summary
+
     text = Path(options.calib_text) if options.calib_text else None
+    approximate = bool(options.allow_approximate)
     with progress_bars(quiet=as_json) as progress:
         bundle = build_engine(
             plan, source, output, progress=progress, force=force, allow_approximate=approximate, calib_text=text

@@ -167,6 +167,16 @@ def test_int4_records_the_groups_that_the_models_widths_and_ranks_have(tmp_path:
     assert "\n" not in str(caught.value)
 
 
+def test_smaller_groups_are_taken_where_asked_for_and_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", hidden_size=128, intermediate_size=384)
+    plan = plan_of(tmp_path / "m", precision="int4", group_size=64)
+    assert (plan.quant.group_size, plan.name) == (64, "m-int4-g64-cpu")
+    assert plan_of(tmp_path / "m", precision="int4").name == "m-int4-cpu"
+    for precision, size in (("int4", 48), ("int8", 64)):
+        with pytest.raises(UsageError, match=f"group_size {size} with precision {precision}.*128, 64, 32"):
+            plan_of(tmp_path / "m", precision=precision, group_size=size)
+
+
 def test_int4_records_what_a_quantised_source_has(tmp_path: Path) -> None:
     write_model(tmp_path / "m", hidden_size=128, intermediate_size=384)
     write_packed(tmp_path / "awq", tmp_path / "m", "awq", group=64)
