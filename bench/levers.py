@@ -116,10 +116,10 @@ class LeversRecord:
 class Workshop:
     """A directory with engines and records, and the commands that fill it."""
 
-    def __init__(self, directory: Path, windows: int) -> None:
-        """`windows` of the held-out text, 0 for all."""
+    def __init__(self, directory: Path, windows: int, *, tasks: bool = True) -> None:
+        """`windows` of the held-out text, 0 for all; `tasks` are the two shipped ones."""
         self.builds, self.results = directory / "builds", directory / "results"
-        self.prompts, self.windows = directory / "passages.jsonl", windows
+        self.prompts, self.windows, self.tasks = directory / "passages.jsonl", windows, tasks
         lines = [
             json.dumps({"id": f"{path.stem}-{part}", "prompt": text[at : at + PASSAGE]})
             for path in sorted((TINY / "heldout").glob("*.txt"))
@@ -135,13 +135,15 @@ class Workshop:
 
     def evaluate(self, name: str) -> None:
         """Held-out text and the shipped tasks; of a candidate also how far its answers drift from the reference's."""
-        engine, limit = str(self.builds / f"{name}.engine"), ("--limit", str(self.windows)) if self.windows else ()
-        out = ("-o", str(self.results))
-        trtkit("eval", engine, "--text", "shipped", *limit, *out)
-        trtkit("eval", engine, "--tasks", "mini_mmlu,mini_recall", "--tasks-dir", "shipped", *limit, *out)
+        what = ["--text", "shipped"]
+        if self.tasks:
+            what += ["--tasks", "mini_mmlu,mini_recall", "--tasks-dir", "shipped"]
+        if self.windows:
+            what += ["--limit", str(self.windows)]
         if name != "reference":
-            against = ("--reference", str(self.builds / "reference.engine"), "--max-tokens", str(ANSWER))
-            trtkit("eval", engine, "--prompts", str(self.prompts), *against, *out)
+            what += ["--prompts", str(self.prompts), "--reference", str(self.builds / "reference.engine")]
+            what += ["--max-tokens", str(ANSWER)]
+        trtkit("eval", str(self.builds / f"{name}.engine"), *what, "-o", str(self.results))
 
     def gate(self, name: str) -> dict[str, Any]:
         sides = [str(self.builds / f"{side}.engine") for side in ("reference", name)]
@@ -243,9 +245,11 @@ def exact_requests(seed: int) -> list[Request]:
     return found
 
 
-def measure(directory: Path, levers: Sequence[str], exact: Sequence[str], windows: int, seed: int) -> LeversRecord:
+def measure(
+    directory: Path, levers: Sequence[str], exact: Sequence[str], windows: int, seed: int, *, tasks: bool = True
+) -> LeversRecord:
     """Everything asked for, one after the other."""
-    started, shop = time.monotonic(), Workshop(directory, windows)
+    started, shop = time.monotonic(), Workshop(directory, windows, tasks=tasks)
     reference = shop.build("reference", REFERENCE)
     shop.evaluate("reference")
     verdicts = []

@@ -125,7 +125,7 @@ def test_one_lever_and_two_exact_ones_measured_in_small(tmp_path: Path, monkeypa
     monkeypatch.setattr(levers, "ANSWER", 12)
     monkeypatch.setattr(levers, "exact_requests", lambda seed, made=levers.exact_requests: made(seed)[:6])
     exact = ["n-gram guesses, 4 a step", "prefix reuse"]
-    found = levers.measure(tmp_path, ["INT8 weights"], exact, 3, 0)
+    found = levers.measure(tmp_path, ["INT8 weights"], exact, 3, 0, tasks=False)
     (int8,) = found.verdicts
     assert int8.gate in {"pass", "fail", "invalid"}
     assert int8.low < int8.difference_nats < int8.high
@@ -133,7 +133,7 @@ def test_one_lever_and_two_exact_ones_measured_in_small(tmp_path: Path, monkeypa
     assert int8.windows == 3
     assert 0 < int8.kl_nats < 0.1
     assert 0.9 < int8.agreement <= 1
-    assert len(int8.outcomes) >= 4
+    assert len(int8.outcomes) >= 2
     assert [each.lever for each in found.exact] == exact
     assert all(each.same == each.tokens == 6 * 12 for each in found.exact)
     assert all(each.counters for each in found.exact), "a lever that did nothing proves nothing"
