@@ -36,6 +36,7 @@ REFERENCE = ("--precision", "fp32")
 LEVERS: dict[str, tuple[str, ...]] = {
     "INT8 weights": ("--precision", "int8", "--dtype", "fp32"),
     "INT4 weights": ("--precision", "int4", "--dtype", "fp32"),
+    "INT4 weights, groups of 32": ("--precision", "int4", "--group-size", "32", "--dtype", "fp32"),
     "FP8 weights and operands": ("--precision", "fp8-rowwise", "--dtype", "fp32"),
     "FP8 cache": ("--precision", "fp32", "--kv-dtype", "fp8"),
     "H2O, half the cache": ("--precision", "fp32", "--kv", "h2o:50%"),
