@@ -215,12 +215,20 @@ class _Builder:
         weight_type = stored if quantised else self.dtype
         scale, zero = self._scales(names, stored, rows, columns) if quantised else (None, None)
         return Linear(
-            weight=pack(torch.cat([part.to(device=self.device, dtype=weight_type) for part in parts])),
+            weight=pack(self._placed(parts, weight_type)),
             scale=scale,
             bias=self._joined(names, "bias", (rows,), self.dtype) if bias else None,
             zero=zero,
             input_scale=self._input_scale(names, columns) if quantised else None,
         )
+
+    def _placed(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """The parts below each other, copied to where they will lie: copies on the way would leave holes between weights."""
+        rows = parts[0].shape[0]
+        whole = torch.empty(rows * len(parts), *parts[0].shape[1:], dtype=dtype, device=self.device)
+        for index, part in enumerate(parts):
+            whole[index * rows : (index + 1) * rows].copy_(part)
+        return whole
 
     def _matrix(self, name: str, rows: int, columns: int) -> Tensor:
         tensor = self.source(name)
