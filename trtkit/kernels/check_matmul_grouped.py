@@ -108,8 +108,7 @@ def _problem(device: torch.device, shape: CheckShape, weight_type: torch.dtype, 
     x = draws.normal(tokens, inputs, dtype=shape.dtype)
     values = draws.integers(-top, top, _OUTPUTS, inputs, dtype=torch.int8)
     scale = ((draws.uniform(_OUTPUTS, inputs // group) + 0.5) / top).to(shape.dtype)
-    drawn = draws.integers(-8, 9, *scale.shape).to(shape.dtype)
-    zero = drawn if shape.zero_points and weight_type is torch.uint8 else None
+    zero = draws.integers(-8, 9, *scale.shape).to(shape.dtype) if shape.zero_points else None
     bias = draws.normal(_OUTPUTS, dtype=shape.dtype) if shape.has_bias else None
     weight = pack_int4(values, group) if weight_type is torch.uint8 else values
     wide = values.double() if zero is None else values.double() - zero.double().repeat_interleave(group, 1)

@@ -42,8 +42,8 @@ def linear(
         scale: [O], one per output channel, or, for int8 and packed INT4, [O, I / g]; contiguous, any float type.
             None for a weight that is not quantised.
         bias_O: added in fp32 before rounding.
-        zero: [O, I / g] in the type of `x_TI`, contiguous, only with packed INT4: the weight is
-            `(nibble - 8 - zero) * scale`. Whole numbers from -16 to 16. None is 0.
+        zero: [O, I / g] in the type of `x_TI`, contiguous, only with a scale for each group: the weight is
+            `(value - zero) * scale`. Whole numbers, for packed INT4 from -16 to 16, for int8 from -128 to 127. None is 0.
         out: [T, O] in the type of `x_TI`, written instead of a new tensor.
 
     Returns:

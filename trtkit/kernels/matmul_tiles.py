@@ -119,11 +119,12 @@ def tiles_for(width: int, item: int) -> tuple[Tile, ...]:
 def grouped_tiles(width: int, group: int) -> tuple[Tile, ...]:
     """What is tried for weights with a scale for each `group` of inputs.
 
-    A step has whole groups, and of small ones no more than of 128, whose sums would not fit the registers.
+    A step has whole groups, and of small ones no more than of 128, whose sums would not fit the registers; but 64 inputs
+    at least, a fourth of which is the least that a tensor core multiplies.
     """
     smaller = max(1, 128 // group)
     tiles = (
-        Tile(outputs=outputs, inputs=max(inputs // smaller, group), stages=stages, warps=warps, left=left)
+        Tile(outputs=outputs, inputs=max(inputs // smaller, group, 64), stages=stages, warps=warps, left=left)
         for outputs, inputs, stages, warps, left in _GROUPED_TILES[width]
     )
     return tuple(dict.fromkeys(tiles))

@@ -58,6 +58,8 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `trtkit.kernels.matmul.linear`."""
+    assert scale.is_contiguous(), "the kernels count on it"
+    assert zero is None or zero.is_contiguous(), "the kernels count on it"
     tokens, outputs = x_TI.shape[0], weight.shape[0]
     if out is None:
         out = torch.empty(tokens, outputs, dtype=x_TI.dtype, device=x_TI.device)
@@ -231,6 +233,8 @@ def _numbers(bits, point, PACKED: tl.constexpr, HAS_ZERO: tl.constexpr, DTYPE: t
     """Four tiles from one of packed INT4, one from one of int8."""
     if PACKED:
         return widen_int4(bits, point, HAS_ZERO, DTYPE, ASM)
+    elif HAS_ZERO:
+        return (widen(bits, "int8", DTYPE, ASM) - point.to(DTYPE),)
     else:
         return (widen(bits, "int8", DTYPE, ASM),)
 

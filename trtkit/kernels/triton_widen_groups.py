@@ -56,4 +56,5 @@ def _dequantise(
         for fourth in tl.static_range(4):
             tl.store(place + fourth * LANE_GROUP, (numbers[fourth].to(tl.float32) * size).to(TYPE), mask=inside)
     else:
-        tl.store(place, (bits.to(tl.float32) * size).to(TYPE), mask=inside)
+        number = bits.to(tl.float32) - point.to(tl.float32) if HAS_ZERO else bits.to(tl.float32)
+        tl.store(place, (number * size).to(TYPE), mask=inside)
