@@ -19,6 +19,7 @@ from trtkit.spec.quant import GPTQ_INT8
 from trtkit.spec.units import format_gib
 from trtkit.trtllm.capabilities import broken, check_plan, kv_fidelity
 from trtkit.trtllm.engine_build import BUILDING_DIR, TIMING_NAME
+from trtkit.trtllm.guesses import guess_handicaps
 from trtkit.trtllm.lower import build_argv
 from trtkit.trtllm.policies import check_adapter
 from trtkit.trtllm.stored import STREAMED, stored_quant, stored_tensors
@@ -54,7 +55,7 @@ def outline(plan: BuildPlan, out_dir: Path, *, allow_approximate: bool = False) 
     """
     found = check_fit(plan)
     check_plan(plan)
-    notes = check_adapter(plan)
+    notes = check_adapter(plan) + (guess_handicaps(plan) if plan.target == "pytorch" else ())
     fidelity = kv_fidelity(plan, allow_approximate=allow_approximate)
     if is_calibrated(plan):
         notes = (*notes, "calibrated on text: the build needs --calib-text FILE")

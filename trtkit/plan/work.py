@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 
-from trtkit.spec.checkpoint import checkpoint_tensors
+from trtkit.spec.checkpoint import ROW_SCALE, checkpoint_tensors
 from trtkit.spec.dtype import DType
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
@@ -78,7 +78,10 @@ def weight_groups(
     weight-only); schemes that ModelOpt writes add their scales here.
     """
     groups: Counter[str] = Counter()
+    in_groups = quant.algo == GPTQ_INT8 and quant.group_size > 0
     for tensor in checkpoint_tensors(model, quant, parallel, pp_rank=pp_rank):
+        if in_groups and tensor.name.endswith(ROW_SCALE):
+            continue
         groups[tensor.group] += tensor.num_bytes
         if tensor.name.endswith(".weight") and tensor.group in ("attention", "mlp") and len(tensor.shape) == 2:
             scales = _scale_bytes(quant, *tensor.shape)

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 from support.tiny_checkpoints import write_model
 
+from trtkit.plan.work import weight_bytes
+from trtkit.spec.catalog import model_preset
 from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import UnsupportedError
@@ -116,3 +118,10 @@ def test_an_int8_cache_without_scales_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "m", tmp_path / "out", quant=quant_for("fp16", kv=DType.INT8), target="tensorrt")
     with pytest.raises(UnsupportedError, match="no int8 KV cache"):
         stored_quant(quant_for("fp16", kv=DType.INT8), "embedded")
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_memory_plan_counts_what_an_engine_of_gptq_groups_stores(tp: int) -> None:
+    model, quant, parallel = model_preset("llama-3-70b"), quant_for("int8-gptq"), Parallelism(tp=tp)
+    stored = sum(tensor.num_bytes for tensor in stored_tensors(model, quant, parallel))
+    assert weight_bytes(model, quant, parallel) == stored
