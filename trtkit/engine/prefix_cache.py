@@ -65,9 +65,9 @@ class PrefixCache:
         A block whose tokens another block holds already is given up for that one, once nothing will be written to it.
         Blocks beyond `num_tokens` are filled by the step that is being made: `written` or `abandon` must follow.
         """
-        if sequence.evicts:
-            return
         size, table = self._size, sequence.block_table
+        if end // size <= sequence.published or sequence.evicts:
+            return  # as in most steps of decoding
         whole = min(end, sequence.value_len) // size
         node = self._nodes[table[sequence.published - 1]] if sequence.published else self._root
         for place in range(sequence.published, whole):
