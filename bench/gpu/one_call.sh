@@ -40,12 +40,13 @@ child=""
 end_child() { if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; child=""; fi; }
 finish() {
   end_child
+  python3 "$here/summary.py" "$out" --stages "$stages" >"$out/summary.txt"
+  status=$?
   # Every derived number again from the raw samples, by other arithmetic.
   python3 "$here/recompute.py" "$out" >"$scratch/recomputed" 2>&1
-  echo "== recompute: exit $?" >>"$log"
+  echo "== recompute: exit $?" | tee -a "$log"
   tail -n 40 "$scratch/recomputed" >>"$log"
-  python3 "$here/summary.py" "$out" --stages "$stages" | tee "$out/summary.txt"
-  status=${PIPESTATUS[0]}
+  cat "$out/summary.txt"
   rm -rf "$scratch"
   exit "$status"
 }
