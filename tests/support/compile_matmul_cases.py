@@ -38,14 +38,16 @@ def _dequantise_groups() -> None:
 
 def _early() -> None:
     """As where a product starts while the kernel before it ends; Ampere cannot."""
-    starts_early, triton_matmul.starts_early = (
-        triton_matmul.starts_early,
-        lambda _: driver.active.get_current_device() >= 90,
-    )
+    products = (triton_matmul, triton_matmul_grouped)
+    starts_early = triton_matmul.starts_early
     try:
+        for module in products:
+            module.starts_early = lambda _: driver.active.get_current_device() >= 90
         _linear(1, torch.float16, torch.int8)
+        _grouped(1, torch.float16)
     finally:
-        triton_matmul.starts_early = starts_early
+        for module in products:
+            module.starts_early = starts_early
 
 
 def _dequantise() -> None:
@@ -61,7 +63,7 @@ def _quantise() -> None:
 CASES = {
     "dequantise": _dequantise,
     "quantise rows": _quantise,
-    "int8, 1 token, early": _early,
+    "int8 and int4, 1 token, early": _early,
     "int8, 1 token": partial(_linear, 1, torch.float16, torch.int8),
     "int8, 32 tokens": partial(_linear, 32, torch.float16, torch.int8),
     "int8, 64 tokens": partial(_linear, 64, torch.float16, torch.int8),

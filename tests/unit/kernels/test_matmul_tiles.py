@@ -26,6 +26,22 @@ def test_enough_programs_run_to_saturate_the_memory(tokens, shape):
         assert in_flight / SMS >= 24 * 1024, (tile, pieces)
 
 
+@pytest.mark.parametrize("shape", LLAMA_70B[:4])
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
+def test_enough_programs_run_to_saturate_the_memory_with_int4(width, shape):
+    outputs, inputs = shape
+    for tile in matmul_tiles.grouped_tiles(width, 128):
+        tiles = matmul_tiles.num_tiles(tile, width, width, outputs)
+        pieces = matmul_tiles.num_pieces(tile, width, tiles, inputs, 0.5, SMS)
+        in_flight = tiles * pieces * (tile.stages - 1) * tile.outputs * tile.inputs // 2
+        assert in_flight / SMS >= 24 * 1024, (tile, pieces)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (8, 8), (9, 16), (33, 64), (65, 128), (5000, 128)])
+def test_grouped_weights_have_a_narrower_tile_for_the_fewest_tokens(tokens, width):
+    assert matmul_tiles.token_width(tokens, matmul_tiles.GROUPED_WIDTHS) == width
+
+
 def test_room_for_pieces_covers_every_tile_that_may_be_chosen():
     candidates = matmul_tiles.tiles_for(16, 1)
     room = matmul_tiles.partial_elements(candidates, 1, (8192, 8192), 1, SMS, 16)
