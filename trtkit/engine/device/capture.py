@@ -61,15 +61,17 @@ def waiting_forbidden() -> Iterator[None]:
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Pool, before: torch.cuda.Stream) -> None:
     """Put stream and allocator back to where they were before a recording that failed."""
     torch.cuda.set_stream(before)
-    # The allocator asks the graph of an unfinished recording whose memory is whose: it must outlive the process's work.
-    _abandoned().append(graph)
     end, release = (getattr(torch._C, name, None) for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"))
-    if end is not None and release is not None:
-        # It raises where torch has done so itself, and then the pool is released already, too.
-        with contextlib.suppress(RuntimeError):
-            device = torch.cuda.current_device()
-            end(device, pool)
-            release(device, pool)
+    if end is None or release is None:
+        return
+    device = torch.cuda.current_device()
+    try:
+        end(device, pool)
+    except RuntimeError:
+        return  # torch has ended it itself, and its graph releases the pool
+    release(device, pool)
+    # The allocator of host memory may still ask this graph whose memory is whose, so it must not go.
+    _abandoned().append(graph)
 
 
 @cache

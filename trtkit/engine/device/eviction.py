@@ -125,19 +125,12 @@ class DeviceEviction:
         watched.pending = min(self.ring_size, live) if policy.watch.queries == "all" else 0
         self._scores.flush(watched, table, live)
         if policy.watch.queries == "all":
-            self._rehearse_piece(watched, table, live)
+            self._scores.rehearse_piece(watched, min(self._rules.piece(policy.budget), live), table, live)
         if watched.window:
             self._scores.look_through_ring(watched, ALL, table, live, live, None)
         self._shrink(watched, ALL, table, live, live)
         self._verdicts.clear(watched.slot)
         self.forget(watched.sequence)
-
-    def _rehearse_piece(self, watched: Watched, table_M: Tensor, live: int) -> None:
-        """Score a prompt's piece in one layer: so many queries at once are another compilation than a ring's."""
-        count, rings = min(self._rules.piece(watched.policy.budget), live), self.rings
-        queries = rings.queries_LPHD.new_zeros((1, count, *rings.queries_LPHD.shape[2:]))
-        asked = (queries, rings.lse_LPH.new_zeros((1, count, rings.lse_LPH.shape[2])))
-        self._scores.add(watched, slice(0, 1), asked, table_M, live, live - count)
 
     def admit(self, sequence: Sequence) -> None:
         """See `LayerObserver.admit`.

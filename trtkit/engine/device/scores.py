@@ -81,6 +81,12 @@ class DeviceScores:
             carry=decay**count,
         )
 
+    def rehearse_piece(self, watched: Watched, count: int, table_M: Tensor, live: int) -> None:
+        """Score a prompt's piece of nothing in one layer: so many queries at once are another compilation than a ring's."""
+        queries, lse = self._rings.queries_LPHD, self._rings.lse_LPH
+        asked = (queries.new_zeros((1, count, *queries.shape[2:])), lse.new_zeros((1, count, lse.shape[2])))
+        self.add(watched, slice(0, 1), asked, table_M, live, live - count)
+
     def store(self, watched: Watched, layer: int, first: int, q_THD: Tensor, lse_TH: Tensor) -> None:
         """Keep queries at consecutive positions from `first` on, at their places modulo the policy's window."""
         start = first % watched.window
