@@ -33,6 +33,8 @@ DEFAULT_OPENER = "trtkit.backends:open_here"
 _LOG_TAIL_LINES = 3
 _NAMES_ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Resources)\b|Fatal Python error")
 _LIVENESS_S = 0.25
+_DYING_S = 10.0
+"""From the end of its pipe to the end of a process, on a machine with much else to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,7 +269,7 @@ class RemoteEngine:
         if self._closed:
             return EngineError(f"{self._path}: this engine is closed; open it again")
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1.0)
+            self._process.wait(_DYING_S)
         code = self._process.poll()
         if code is not None and code < 0:
             return self._lost(f"was killed by {signal.Signals(-code).name}")
