@@ -45,6 +45,7 @@ engines = st.tuples(
     st.integers(1, 24),  # max_num_tokens
     st.integers(1, 5),  # tokens_per_block
     st.booleans(),  # chunked prefill
+    st.booleans(),  # block reuse: all prompts are the same token again and again, so they share all they can
 )
 
 
@@ -89,6 +90,7 @@ class World:
 
     def step(self) -> None:
         step = self.scheduler.schedule()
+        self.scheduler.launched()
         assert step.num_tokens <= self.limits.max_num_tokens
         assert len(self.scheduler.running) <= self.limits.max_batch_size
         assert len({feed.sequence.request_id for feed in step.feeds}) == len(step.feeds)
@@ -101,6 +103,10 @@ class World:
         plan = self.work[sequence.arrival]
         assert sequence.state is SequenceState.RUNNING
         start = sequence.num_tokens
+        live = sequence.cache_len + feed.count
+        slots = len(sequence.block_table) * self.limits.tokens_per_block
+        assert slots >= (sequence.capped(live) if sequence.joins_pieces else live)
+        assert not (sequence.evicts and sequence.published)
         sequence.advance(feed.count)
         if plan.budget is not None:
             self.evict(sequence, plan, start, ends_piece=feed.ends_piece)
@@ -130,15 +136,16 @@ class World:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(plans, max_size=12), engines)
 def test_every_request_finishes_or_is_refused_and_no_block_is_lost(
-    work: list[Plan], engine: tuple[int, int, int, int, bool]
+    work: list[Plan], engine: tuple[int, int, int, int, bool, bool]
 ) -> None:
-    blocks, batch, tokens, size, chunked = engine
+    blocks, batch, tokens, size, chunked, reuse = engine
     limits = Limits(
         max_batch_size=batch,
         max_num_tokens=tokens,
         max_seq_len=64,
         tokens_per_block=size,
         enable_chunked_prefill=chunked,
+        enable_block_reuse=reuse,
     )
     world = World(work, limits, blocks)
     now = 0
