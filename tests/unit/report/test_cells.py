@@ -108,6 +108,10 @@ def test_the_best_depends_on_the_direction() -> None:
     [
         (Workload(isl=512, osl=256, num_requests=1, concurrency=8), "concurrency 8, ISL 512, OSL 256"),
         (
+            Workload(isl=512, osl=256, num_requests=1, concurrency=8, shared_prefix_tokens=448),
+            "concurrency 8, ISL 512 (448 shared), OSL 256",
+        ),
+        (
             Workload(isl=512, osl=2, num_requests=1, concurrency=None, request_rate=2.5),
             "2.5 requests/s, ISL 512, OSL 2",
         ),

@@ -36,6 +36,17 @@ def test_an_assumed_price_makes_an_assumed_cost() -> None:
     assert section.rows[0].cells[0].source is Source.ASSUMED
 
 
+def test_prompts_with_a_shared_prefix_are_priced_by_themselves() -> None:
+    plain = bench()
+    alike = replace(plain, workload=replace(plain.workload, shared_prefix_tokens=32))
+    section, _, _ = priced(plain, alike)
+    assert [row.condition.rpartition("concurrency, ")[2] for row in section.rows] == [
+        "ISL 64, OSL 32, 32 tokens shared",
+        "ISL 64, OSL 32",
+    ]
+    assert len({row.key for row in section.rows}) == 2
+
+
 def test_each_prompt_length_is_priced_by_itself() -> None:
     section, _, _ = priced(bench(isl=64), bench(isl=256))
     assert [row.condition.partition(", ")[2] for row in section.rows] == ["ISL 64, OSL 32", "ISL 256, OSL 32"]

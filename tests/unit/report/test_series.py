@@ -28,6 +28,15 @@ def test_throughput_points_carry_the_spread_of_the_record() -> None:
     assert (curve.points[0].y, curve.points[0].low, curve.points[0].high) == (stat.value, stat.low, stat.high)
 
 
+def test_prompts_with_a_shared_prefix_are_a_curve_of_their_own_and_no_point_of_their_length() -> None:
+    plain = bench(concurrency=1)
+    alike = replace(plain, workload=replace(plain.workload, shared_prefix_tokens=32))
+    found = plots_of(plain, alike)
+    assert len(found["throughput"].curves) == 2
+    (curve,) = found["ttft"].curves
+    assert [point.x for point in curve.points] == [64.0]
+
+
 def test_an_open_loop_has_no_place_on_a_concurrency_axis() -> None:
     cell = bench()
     open_loop = replace(cell, workload=replace(cell.workload, concurrency=None, request_rate=2.0))
