@@ -21,6 +21,7 @@ from trtkit.spec.errors import InputError
 from trtkit.spec.hf import load_model_spec
 from trtkit.spec.plan import Parallelism
 from trtkit.spec.quant import quant_for
+from trtkit.trtllm import groups
 from trtkit.trtllm.convert import convert
 
 
@@ -163,14 +164,31 @@ def test_int4_of_plain_weights_differs_by_the_order_of_additions_only(
     assert 0.01 < result["quantisation_drift"] < 0.5
 
 
-def test_weights_that_lie_on_a_grid_already_are_no_mistake(wide: Path) -> None:
+def test_weights_that_lie_on_a_grid_already_may_have_scales_that_differ_in_the_last_bit(wide: Path) -> None:
+    quant = quant_for("int4", compute=DType.FP32)
     tensors = load_file(wide / "model.safetensors")
     for name, tensor in tensors.items():
         if "_proj.weight" in name:
             tensors[name] = torch.where(tensor > 0, 0.21, -0.21).to(tensor.dtype)
     save_file(tensors, wide / "model.safetensors")
+    convert(wide, wide.parent / "out", quant=quant)
+    stored = load_file(wide.parent / "out" / "rank0.safetensors")
+    for name, tensor in stored.items():
+        if name.endswith("per_group_scale"):
+            stored[name] = torch.nextafter(tensor, torch.tensor(torch.inf))
+    save_file(stored, wide.parent / "out" / "rank0.safetensors")
+    assert verify(load_model_spec(wide), quant, wide, wide.parent / "out")["quantisation_drift"] < 1e-4
+
+
+def test_scales_twice_as_large_as_they_need_be_are_refused_though_numbers_agree(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = groups._tried
+    monkeypatch.setattr(groups, "_tried", lambda weights, scales, *rest: tried(weights, 2 * scales, *rest))
     convert(wide, wide.parent / "out", quant=quant_for("int4"))
-    assert verify(load_model_spec(wide), quant_for("int4"), wide, wide.parent / "out")["quantisation_drift"] < 0.01
+    with pytest.raises(InputError, match=r"row 0, group 0: its scale .* rounds worse than the plain one") as caught:
+        verify(load_model_spec(wide), quant_for("int4"), wide, wide.parent / "out")
+    assert "\n" not in str(caught.value)
 
 
 PACKED = [

@@ -19,6 +19,7 @@ from trtkit.backends.model_source import ModelSource
 from trtkit.backends.outline import outline, render, summary
 from trtkit.backends.recipe import DEFAULT_MODEL, BuildOptions, engine_name, load_recipe, make_plan, parse_bytes
 from trtkit.plan.memory import Placement, plan_memory
+from trtkit.plan.work import weight_bytes
 from trtkit.spec.bundle import open_bundle
 from trtkit.spec.catalog import gpu_spec, model_preset
 from trtkit.spec.dtype import DType
@@ -184,6 +185,13 @@ def test_int4_records_what_a_quantised_source_has(tmp_path: Path) -> None:
     assert (plan.quant.group_size, plan.quant.zero_points) == (64, True)
     with pytest.raises(UnsupportedError, match="this one is INT4 AWQ: use --precision int4"):
         plan_of(tmp_path / "awq", precision="int8-gptq")
+
+
+def test_gptqs_groups_are_counted_in_the_form_that_the_target_holds() -> None:
+    plan = big_plan(quant=quant_for("int8-gptq"), limits=Limits(max_seq_len=4096))
+    embedded, engine = sizes(plan).weight_bytes, sizes(dataclasses.replace(plan, target="tensorrt")).weight_bytes
+    assert embedded == weight_bytes(plan.model, quant_for("int8-gptq").embedded)
+    assert engine > embedded + 10**9, "TensorRT-LLM's form has zero points, too"
 
 
 def test_a_pool_below_one_request_is_refused() -> None:

@@ -109,6 +109,13 @@ def test_int4_is_two_to_a_byte_with_a_scale_for_each_row_and_group() -> None:
     assert zeros[-1].shape == (256, 3)
 
 
+def test_groups_that_the_widths_do_not_have_are_counted_as_those_that_they_do() -> None:
+    narrow = replace(WIDE, intermediate_size=96)
+    shapes = {t.name: t.shape for t in checkpoint_tensors(narrow, quant_for("int4"))}
+    assert shapes["transformer.layers.0.mlp.proj.per_group_scale"] == (256, 3)
+    assert shapes["transformer.layers.0.mlp.fc.per_group_scale"] == (96, 8)
+
+
 def test_int8_in_groups_has_no_scale_of_rows() -> None:
     names = {t.name.rpartition(".")[2]: t for t in checkpoint_tensors(WIDE, quant_for("int8-gptq").embedded)}
     assert names["per_group_scale"].shape == (256, 3)
