@@ -189,7 +189,8 @@ def test_int4_records_what_a_quantised_source_has(tmp_path: Path) -> None:
 
 def test_gptqs_groups_are_counted_in_the_form_that_the_target_holds() -> None:
     plan = big_plan(quant=quant_for("int8-gptq"), limits=Limits(max_seq_len=4096))
-    embedded, engine = sizes(plan).weight_bytes, sizes(dataclasses.replace(plan, target="tensorrt")).weight_bytes
+    targets = ("embedded", "tensorrt")
+    embedded, engine = (sizes(dataclasses.replace(plan, target=target)).weight_bytes for target in targets)
     assert embedded == weight_bytes(plan.model, quant_for("int8-gptq").embedded)
     assert engine > embedded + 10**9, "TensorRT-LLM's form has zero points, too"
 
