@@ -33,7 +33,7 @@ SHAPES = (
     _shape(112, 5, 2, 8, torch.bfloat16, _FP8),
     _shape(64, 12, 1, 32, torch.float16, _FP8),
     _shape(128, 3, 2, 24, torch.float32, torch.float32),
-    _shape(72, 71, 1, 32, torch.float16, torch.bfloat16),
+    _shape(72, 2, 1, 32, torch.float16, torch.bfloat16),
     _shape(256, 6, 2, 16, torch.float32, torch.bfloat16),
 )
 """Head dim, query heads per KV head, KV heads, slots of a block, and what is computed and stored in; likeliest first."""
