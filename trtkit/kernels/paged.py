@@ -56,6 +56,10 @@ __all__ = [
 ]
 
 
+_MAX_DECODE_GROUP = 32
+"""Query heads per KV head from which the twin decodes: with 71 the kernel spills and takes minutes to compile."""
+
+
 def paged_decode_attention(  # noqa: PLR0913 - outputs the caller may own, all by keyword
     queries_BHD: Tensor,
     batch: PagedBatch,
@@ -84,7 +88,8 @@ def paged_decode_attention(  # noqa: PLR0913 - outputs the caller may own, all b
     """
     check_attention(queries_BHD, batch, queries_BHD.shape[0])
     check_decode(queries_BHD, out, lse, splits, ring_lse, ring_index_B)
-    if use_triton(queries_BHD, "decode"):
+    few_heads = queries_BHD.shape[1] // batch.cache.shape[2] <= _MAX_DECODE_GROUP
+    if few_heads and use_triton(queries_BHD, "decode"):
         from trtkit.kernels import triton_decode
 
         return triton_decode.paged_decode_attention(

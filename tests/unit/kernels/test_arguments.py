@@ -145,3 +145,11 @@ def test_what_is_right_is_not_refused():
         call()
     keep_best()()
     score_named()()
+
+
+@pytest.mark.parametrize(("group", "family"), [(32, "decode"), (33, None)])
+def test_groups_too_large_for_the_decode_kernel_are_left_to_its_twin(monkeypatch, group, family):
+    asked = []
+    monkeypatch.setattr(paged, "use_triton", lambda _, name: asked.append(name))
+    paged.paged_decode_attention(randn(2, 2 * group, 64), BATCH)
+    assert asked == ([family] if family else [])
