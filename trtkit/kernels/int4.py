@@ -71,7 +71,7 @@ def dequantise_groups(weight: Tensor, scale: Tensor, zero: Tensor | None = None)
     wide = values.float().view(weight.shape[0], -1, group)
     if zero is not None:
         wide -= zero.float()[:, :, None]
-    return (wide * scale.float()[:, :, None]).view(values.shape)
+    return wide.mul_(scale.float()[:, :, None]).view(values.shape)
 
 
 def _check(inputs: int, group: int) -> None:
