@@ -57,7 +57,7 @@ __all__ = [
 
 
 _MAX_DECODE_GROUP = 32
-"""Query heads per KV head from which the twin decodes: with 71 the kernel spills and takes minutes to compile."""
+"""Query heads per KV head beyond which the twin decodes: with 71 the kernel spills and takes minutes to compile."""
 
 
 def paged_decode_attention(  # noqa: PLR0913 - outputs the caller may own, all by keyword
