@@ -87,6 +87,15 @@ def test_an_engine_is_built_with_prefix_reuse_and_opens_with_it(model: Path) -> 
         assert engine.kv_stats().blocks_cached == 0
 
 
+def test_an_engine_that_reuses_prefixes_has_a_name_of_its_own(model: Path) -> None:
+    names = [
+        make_plan(BuildOptions(model=str(model), load_format="dummy", reuse_prefix=on))[0].name for on in (None, True)
+    ]
+    assert names[1] == f"{names[0]}-reuse"
+    named = BuildOptions(model=str(model), load_format="dummy", reuse_prefix=True, name="mine")
+    assert make_plan(named)[0].name == "mine"
+
+
 def test_an_engine_built_before_there_was_prefix_reuse_opens_without_it(model: Path) -> None:
     path = _build(model)
     assert "enable_block_reuse" not in (path / "trtkit.json").read_text()

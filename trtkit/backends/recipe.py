@@ -146,8 +146,9 @@ def make_plan(options: BuildOptions, *, dry_run: bool = False) -> tuple[BuildPla
     source = resolve_model(model, name=options.model_name, look_up=not dry_run and load_format != "dummy")
     parallel = Parallelism(tp=_or(options.tp, 1), pp=_or(options.pp, 1))
     quant = _with_groups(_quant(options), source, parallel, target, look_up=not dry_run and load_format != "dummy")
+    name = engine_name(source.model.name, quant, gpu, parallel, kv, speculation)
     plan = BuildPlan(
-        name=_checked_name(options.name or engine_name(source.model.name, quant, gpu, parallel, kv, speculation)),
+        name=_checked_name(options.name or name + ("-reuse" if options.reuse_prefix else "")),
         model=source.model,
         model_source=model,
         gpu=gpu,
