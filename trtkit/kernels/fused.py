@@ -10,6 +10,8 @@ float32 and rounded to the activations' type, so a bfloat16 model writes the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -135,15 +137,18 @@ def rope_write(  # noqa: PLR0913, PLR0917 - one pass over the projection replace
         qkv_TCD, positions_T, cos_PD2, sin_PD2, cache_layer, tables_BM, rows_T, slots_T, num_heads, (q_norm_D, k_norm_D)
     )
     check_rope_results(qkv_TCD, num_heads, q_out, ring, ring_index_T)
-    run = rope_twin
-    if use_triton(qkv_TCD, _FAMILY):
-        from trtkit.kernels import triton_fused
-
-        run = triton_fused.rope_write
-    return run(
+    return _rope_for(qkv_TCD)(
         qkv_TCD, positions_T, cos_PD2, sin_PD2, cache_layer, tables_BM, rows_T, slots_T, num_heads=num_heads,
         q_norm_D=q_norm_D, k_norm_D=k_norm_D, epsilon=epsilon, q_out=q_out, ring=ring, ring_index_T=ring_index_T,
     )  # fmt: skip
+
+
+def _rope_for(qkv_TCD: Tensor) -> Callable[..., Tensor]:
+    if not use_triton(qkv_TCD, _FAMILY):
+        return rope_twin
+    from trtkit.kernels import triton_fused
+
+    return triton_fused.rope_write
 
 
 def rope_twin(  # noqa: PLR0913, PLR0917 - as `rope_write`

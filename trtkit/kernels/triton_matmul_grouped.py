@@ -221,11 +221,16 @@ def _grouped(
     if pieces > 1:
         sums, last = _add_pieces(sums, partial, counters, tile, piece, pieces, BT, BO)
     if last:
-        inside = channel < O
-        if HAS_BIAS:
-            sums += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-        place = out + token.to(tl.int64)[:, None] * stride_out + channel[None, :]
-        tl.store(place, sums.to(out.dtype.element_ty), mask=there & inside[None, :])
+        _store(sums, out + token.to(tl.int64)[:, None] * stride_out, there, channel, O, bias, HAS_BIAS)
+
+
+@triton.jit
+def _store(sums, rows, there, channel, O, bias, HAS_BIAS: tl.constexpr):
+    """The result's tile, with its bias."""
+    inside = channel < O
+    if HAS_BIAS:
+        sums += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(rows + channel[None, :], sums.to(rows.dtype.element_ty), mask=there & inside[None, :])
 
 
 @triton.jit
