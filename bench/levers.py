@@ -268,7 +268,7 @@ def measure(
         perplexity=shop.records("reference")["heldout", "perplexity"].score,
         verdicts=tuple(verdicts),
         exact=tuple(found),
-        environment=fingerprint(device="cpu", command=["python", "bench/levers.py", *sys.argv[1:]]),
+        environment=fingerprint(device="cpu", command=["python", "bench/levers.py", "--seed", str(seed)]),
         seconds=time.monotonic() - started,
     )
 
