@@ -301,19 +301,29 @@ class EmbeddedEngine:
     def _take(self, awaited: Awaited, drawn: list[int], now_ns: int) -> list[TokenEvent]:
         """The first token drawn, and what was drawn after each draft as long as the drafts were right."""
         sequence, drafts = awaited.sequence, awaited.drafts
+        if drafts and NOT_A_NUMBER in drawn:
+            # A guess may have spoilt its neighbours: attention multiplies what it masks by zero. Ask again without.
+            del sequence.output_ids[awaited.index :]
+            self._settle(sequence, len(drafts), 0, spoilt=True)
+            return []
         events: list[TokenEvent] = []
         for place, token in enumerate(drawn):
             events.append(self._append(sequence, awaited.index + place, token, now_ns))
             if events[-1].finish is not None or drafts[place : place + 1] != (token,):
                 break
-        if drafts and self._speculator is not None:
-            self._speculator.settle(sequence, len(drafts), len(events) - 1)
-            wrong = sequence.num_tokens + 1 - sequence.known_len
-            if wrong and sequence.state is SequenceState.RUNNING:
-                self._runner.take_back(sequence, wrong)
-                sequence.take_back(wrong)
-                self._scheduler.trim(sequence)
+        if drafts:
+            self._settle(sequence, len(drafts), len(events) - 1)
         return events
+
+    def _settle(self, sequence: Sequence, drafted: int, accepted: int, *, spoilt: bool = False) -> None:
+        """Count guesses, and give up what was fed after the last right one."""
+        assert self._speculator is not None, "only speculation guesses"
+        self._speculator.settle(sequence, drafted, accepted, spoilt=spoilt)
+        wrong = sequence.num_tokens + 1 - sequence.known_len
+        if wrong and sequence.state is SequenceState.RUNNING:
+            self._runner.take_back(sequence, wrong)
+            sequence.take_back(wrong)
+            self._scheduler.trim(sequence)
 
     def _append(self, sequence: Sequence, index: int, token: int, now_ns: int) -> TokenEvent:
         if token == NOT_A_NUMBER:

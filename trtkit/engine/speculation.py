@@ -23,7 +23,7 @@ _WEIGHT = 0.25
 _POOR = 0.25
 """Accepted tokens per checked step below which guessing pauses (assumed: a wrong guess costs a fraction of a step)."""
 _PAUSES = (8, 128)
-"""Output tokens that the first pause lasts, and the longest; each is twice the one before."""
+"""Output tokens that the first pause lasts, and the longest; each is twice the one before, half after a right guess."""
 
 
 def decode_rows(max_batch_size: int, draft_tokens: int) -> int:
@@ -106,12 +106,12 @@ class _Trust:
     def learn(self, accepted: int, output_tokens: int) -> None:
         self.mean += _WEIGHT * (accepted - self.mean)
         if self.mean < _POOR:
-            # The next guess is a trial: nothing accepted means the next, longer pause.
+            # The next guess is a trial: with nothing accepted the next, longer pause follows.
             self.mean = _POOR
             self.resumes_at = output_tokens + self.pause
             self.pause = min(2 * self.pause, _PAUSES[1])
         elif accepted:
-            self.pause = _PAUSES[0]
+            self.pause = max(self.pause // 2, _PAUSES[0])
 
 
 class Speculator:
@@ -130,6 +130,7 @@ class Speculator:
         self._most_rows = most_rows
         self._proposer = proposer or NgramProposer(spec.max_ngram)
         self._trust: dict[Sequence, _Trust] = {}
+        self._muted: set[Sequence] = set()
         self.drafted = self.accepted = 0
 
     def guess(self, step: Step) -> list[tuple[int, ...]]:
@@ -150,8 +151,10 @@ class Speculator:
             drafts.append(guessed)
         return drafts
 
-    def settle(self, sequence: Sequence, drafted: int, accepted: int) -> None:
-        """Note how many of a sequence's guesses were right."""
+    def settle(self, sequence: Sequence, drafted: int, accepted: int, *, spoilt: bool = False) -> None:
+        """Note how many of a sequence's guesses were right. After a `spoilt` step it gets no more of them."""
+        if spoilt:
+            self._muted.add(sequence)
         self.drafted += drafted
         self.accepted += accepted
         if sequence in self._trust:
@@ -161,10 +164,11 @@ class Speculator:
         """A sequence has ended."""
         self._proposer.forget(sequence)
         self._trust.pop(sequence, None)
+        self._muted.discard(sequence)
 
     def _is_willing(self, feed: Feed) -> bool:
         """The feed is one token, a token follows, and its sequence's guesses are worth a try."""
-        if not feed.samples or feed.count != 1:
+        if not feed.samples or feed.count != 1 or feed.sequence in self._muted:
             return False
         if not self._spec.adaptive:
             return True
