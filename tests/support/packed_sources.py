@@ -47,13 +47,27 @@ def meant(numbers: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor) -> tor
     return (numbers - zero.repeat_interleave(size, 1)).double() * scale.double().repeat_interleave(size, 1)
 
 
-def gptq(numbers: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, bits: int, less: int) -> Tensors:
+def order_of(name: str, inputs: int) -> torch.Tensor:
+    """An order of a matrix's inputs, the same for matrices that share them."""
+    seed = ["q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"]
+    which = next(index for index, names in enumerate(seed) if name.split(".")[-2] in names)
+    return torch.randperm(inputs, generator=torch.Generator().manual_seed(which))
+
+
+def gptq(
+    numbers: torch.Tensor, zero: torch.Tensor, scale: torch.Tensor, bits: int, less: int, order: torch.Tensor | None
+) -> Tensors:
+    """With an `order`, the numbers' inputs are in it, and the file's are not."""
     size = numbers.shape[1] // scale.shape[1]
+    group = torch.arange(numbers.shape[1]) // size
+    if order is not None:
+        back = order.argsort()
+        numbers, group = numbers[:, back], group[back]
     return {
         "qweight": words(numbers.T, bits, 0),
         "qzeros": words(zero.T - less, bits, 1),
         "scales": scale.T.contiguous(),
-        "g_idx": (torch.arange(numbers.shape[1]) // size).to(torch.int32),
+        "g_idx": group.to(torch.int32),
     }
 
 
@@ -106,10 +120,13 @@ def write_packed(
     group: int = 128,
     symmetric: bool = False,
     version: str = "",
+    reordered: bool = False,
 ) -> tuple[Tensors, Tensors]:
     """A quantised checkpoint of a plain one; returns its tensors and what its matrices stand for, in float64."""
     directory.mkdir(parents=True, exist_ok=True)
     settings = settings_of(method, bits, group, symmetric=symmetric, version=version)
+    if reordered:
+        settings["desc_act"] = True
     config = json.loads((plain / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     tensors: Tensors = {}
@@ -118,14 +135,17 @@ def write_packed(
         if "_proj.weight" not in name:
             tensors[name] = tensor
             continue
-        numbers, zero, scale = rounded(tensor, bits, group, symmetric=symmetric)
+        order = order_of(name, tensor.shape[1]) if reordered else None
+        numbers, zero, scale = rounded(tensor if order is None else tensor[:, order], bits, group, symmetric=symmetric)
         if method == "gptq":
-            parts = gptq(numbers, zero, scale, bits, 0 if version == "gptq_v2" else 1)
+            parts = gptq(numbers, zero, scale, bits, 0 if version == "gptq_v2" else 1, order)
         elif method == "awq":
             parts = awq(numbers, zero, scale)
         else:
             parts = compressed(numbers, None if symmetric else zero, scale, bits)
         matrices[name] = meant(numbers, zero, scale)
+        if order is not None:
+            matrices[name] = matrices[name][:, order.argsort()]
         tensors |= {f"{name.removesuffix('weight')}{suffix}": part for suffix, part in parts.items()}
     save_file(tensors, directory / "model.safetensors")
     return tensors, matrices

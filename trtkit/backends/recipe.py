@@ -263,7 +263,9 @@ def _with_groups(
     directory = source.directory or download(source.hub_id, weights=False)
     held = quant.embedded if target == "embedded" else quant
     found = source_quant(held, source.model, read_packing(directory), parallel, str(source.hub_id or directory))
-    return dataclasses.replace(quant, group_size=found.group_size, zero_points=found.zero_points)
+    return dataclasses.replace(
+        quant, group_size=found.group_size, zero_points=found.zero_points, input_order=found.input_order
+    )
 
 
 def _limits(options: BuildOptions, max_position: int) -> Limits:

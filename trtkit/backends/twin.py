@@ -41,6 +41,7 @@ _SCALES = (
     "activation_scaling_factor",
     "per_group_scale",
     "per_group_zero",
+    "input_order",
 )
 
 
@@ -109,6 +110,8 @@ def _stage(path: Path, *, first_layer: int, layers: int, ones: bool) -> dict[str
             tensor = handle.get_tensor(name)
             if suffix == "weight":
                 beside = {s: handle.get_tensor(f"{prefix}.{s}") for s in _SCALES if f"{prefix}.{s}" in stored}
+                if (order := f"{prefix.replace('.mlp.gate', '.mlp.fc')}.input_order") in stored:
+                    beside["input_order"] = handle.get_tensor(order)
                 if ones and beside:
                     tensor = torch.full_like(tensor, 0x11 if _two_to_a_byte(tensor, beside) else 1)
                 tensor = dequantised(tensor, beside, f"{path}: {name}")
@@ -125,7 +128,7 @@ def dequantised(weight: Tensor, scales: Mapping[str, Tensor], where: str) -> Ten
     """[out, in] in float32; a weight in a floating-point type of 16 or 32 bits is returned as it is.
 
     Forms, by what lies beside: `per_channel_scale` [out] (INT8 rows, FP8 rows); `per_group_scale` and perhaps
-    `per_group_zero` [out, groups] (the embedded engine's INT8 and INT4 groups); `weights_scaling_factor` of one element
+    `per_group_zero` [out, groups] and `input_order` [in] (the embedded engine's INT8 and INT4 groups); `weights_scaling_factor` of one element
     (FP8), [out] (SmoothQuant), [out, groups] (AWQ, two rows to a byte, the even one low) or with `zero` [groups, out]
     (GPTQ, whose weight is [in, out]); `prequant_scaling_factor` multiplies the layer's input, so the columns.
 
@@ -138,7 +141,12 @@ def dequantised(weight: Tensor, scales: Mapping[str, Tensor], where: str) -> Ten
         return weight
     rows, scale = scales.get("per_channel_scale"), scales.get("weights_scaling_factor")
     if "per_group_scale" in scales:
-        return _own_groups(weight, scales["per_group_scale"].float(), scales.get("per_group_zero"))
+        values = _own_groups(weight, scales["per_group_scale"].float(), scales.get("per_group_zero"))
+        if "input_order" not in scales:
+            return values
+        result = torch.empty_like(values)
+        result[:, scales["input_order"].long()] = values
+        return result
     if rows is not None:
         return weight.float() * rows.float()[:, None]
     if scale is None:

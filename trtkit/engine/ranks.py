@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trtkit.spec.checkpoint import GROUP_SCALE, GROUP_ZERO, INPUT_SCALE, LM_HEAD, VOCAB_EMBEDDING, rank_file
+from trtkit.spec.checkpoint import (
+    GROUP_SCALE,
+    GROUP_ZERO,
+    INPUT_ORDER,
+    INPUT_SCALE,
+    LM_HEAD,
+    VOCAB_EMBEDDING,
+    rank_file,
+)
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Parallelism
@@ -18,7 +26,7 @@ from trtkit.spec.plan import Parallelism
 _LAYER = re.compile(r"^(transformer\.layers\.)(\d+)(\..+)$")
 _ALONG_INPUTS = ("weight", GROUP_SCALE, GROUP_ZERO, "weights_scaling_factor")
 """What has the inputs, or groups of them, in its last dimension."""
-_INPUT_VECTORS = (INPUT_SCALE, "prequant_scaling_factor")
+_INPUT_VECTORS = (INPUT_SCALE, INPUT_ORDER, "prequant_scaling_factor")
 
 
 class RankReader:

@@ -25,6 +25,7 @@ from trtkit.spec.checkpoint import (
     FINAL_NORM,
     GROUP_SCALE,
     GROUP_ZERO,
+    INPUT_ORDER,
     INPUT_SCALE,
     LM_HEAD,
     ROW_SCALE,
@@ -49,7 +50,8 @@ class Linear:
     `weight` [out, in] is quantised exactly when there is a `scale`: int8 with one in the compute type for each row, [out],
     or for each row and group of inputs, [out, groups]; uint8 [out, in / 2] (packed INT4, see `trtkit.kernels.int4`) with
     [out, groups]; float8_e4m3fn with [out] in fp32. Else it comes from `pack`. `zero` [out, groups] is the number that
-    stands for 0, None where that is 0 itself; `input_scale` [in] is what AWQ multiplies activations with, None is 1.
+    stands for 0, None where that is 0 itself; `input_scale` [in] is what AWQ multiplies activations with, None is 1;
+    `input_order` [in] names the activation for each column of the weight, None is the model's own order.
     """
 
     weight: Tensor
@@ -57,6 +59,7 @@ class Linear:
     bias: Tensor | None = None
     zero: Tensor | None = None
     input_scale: Tensor | None = None
+    input_order: Tensor | None = None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
@@ -73,11 +76,14 @@ class Linear:
 
     def scaled(self, x_TI: Tensor) -> Tensor:
         """Activations as the weight wants them."""
+        if self.input_order is not None:
+            x_TI = x_TI.index_select(1, self.input_order)
         return x_TI if self.input_scale is None else x_TI * self.input_scale
 
     def tensors(self) -> list[Tensor]:
         """What it holds in memory."""
-        return [t for t in (self.weight, self.scale, self.bias, self.zero, self.input_scale) if t is not None]
+        held = (self.weight, self.scale, self.bias, self.zero, self.input_scale, self.input_order)
+        return [tensor for tensor in held if tensor is not None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,6 +226,7 @@ class _Builder:
             bias=self._joined(names, "bias", (rows,), self.dtype) if bias else None,
             zero=zero,
             input_scale=self._input_scale(names, columns) if quantised else None,
+            input_order=self._input_order(names[0], columns) if quantised else None,
         )
 
     def _placed(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -262,6 +269,16 @@ class _Builder:
         if any(not torch.equal(first, other) for other in others):
             raise InputError(f"{' and '.join(names)}: their {INPUT_SCALE} differ, though they have one input")
         return first
+
+    def _input_order(self, name: str, columns: int) -> Tensor | None:
+        if not self.has(f"{name}.{INPUT_ORDER}"):
+            return None
+        order = _checked(self.source(f"{name}.{INPUT_ORDER}"), f"{name}.{INPUT_ORDER}", (columns,))
+        if order.dtype is not torch.int32 or not torch.equal(
+            order.sort().values, torch.arange(columns, dtype=torch.int32)
+        ):
+            raise InputError(f"{name}.{INPUT_ORDER}: is no order of {columns} inputs; convert the checkpoint again")
+        return order.to(device=self.device, copy=True)
 
     def _joined(self, names: list[str], what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.cat([self.plain(f"{name}.{what}", shape, dtype) for name in names])

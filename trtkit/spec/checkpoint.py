@@ -26,6 +26,7 @@ ROW_SCALE = "per_channel_scale"
 GROUP_SCALE = "per_group_scale"
 GROUP_ZERO = "per_group_zero"
 INPUT_SCALE = "input_scale"
+INPUT_ORDER = "input_order"
 """What may lie beside a quantised weight in the embedded engine's form. Zero points count from the middle of the range."""
 
 
@@ -106,7 +107,8 @@ def checkpoint_tensors(
     INT8 weight-only in the embedded engine's form stores `weight` as int8 [out, in] and `per_channel_scale` [out] in
     the compute type. With `quant.weights` 16 bits wide and `algo` W8A16 there is no scale: `trtllm-build` quantises.
     In groups (`QuantSpec.is_grouped`) it is `per_group_scale` [out, in / group] in the compute type and, where there are
-    zero points, `per_group_zero` of the same shape and type: weight = (number - zero) * scale. INT4 is packed as uint8
+    zero points, `per_group_zero` of the same shape and type: weight = (number - zero) * scale; `input_order` int32 [in], if
+    there is one, names the model's input behind each stored one, `mlp.gate`'s being that of `mlp.fc`. INT4 is packed as uint8
     [out, in / 2]: bytes 2 i and 2 i + 1 of a group of g inputs hold its inputs i, i + g / 4, i + g / 2 and i + 3 g / 4, the
     first in the lowest bits, each plus 8 (the order in which `trtkit.kernels` multiplies).
     FP8 by rows stores `weight` as float8_e4m3fn [out, in] and `per_channel_scale` [out] in float32.
@@ -157,6 +159,8 @@ def _linear(
         groups = (shape[0], shape[1] // quant.group_size)
         for name in (GROUP_SCALE, GROUP_ZERO) if quant.zero_points else (GROUP_SCALE,):
             yield CheckpointTensor(name=f"{prefix}.{name}", shape=groups, dtype=quant.compute, group=group)
+        if quant.input_order and not prefix.endswith("mlp.gate"):
+            yield CheckpointTensor(name=f"{prefix}.{INPUT_ORDER}", shape=shape[1:], dtype=DType.INT32, group=group)
     elif quant.weights is DType.INT8 and quant.is_weight_only:
         yield CheckpointTensor(name=f"{prefix}.{ROW_SCALE}", shape=shape[:1], dtype=quant.compute, group=group)
     if quant.algo == FP8_ROWWISE and quant.weights is DType.FP8:

@@ -119,6 +119,7 @@ def _extra(model: ModelSpec, quant: QuantSpec) -> dict[str, Any]:
         "weights": quant.weights.value,
         "kv": quant.kv.value,
         **({"group_size": quant.group_size} if quant.is_grouped else {}),
+        **({"input_order": True} if quant.input_order else {}),
     }
 
 
@@ -227,7 +228,12 @@ def _parse_quant(config: Mapping[str, Any], extra: Mapping[str, Any], where: str
         quant = replace(quant, group_size=_need(quantization, "group_size", int, where))
     elif "group_size" in extra:
         zeros = bool(quantization.get("has_zero_point"))
-        quant = replace(quant, group_size=_need(extra, "group_size", int, where), zero_points=zeros)
+        quant = replace(
+            quant,
+            group_size=_need(extra, "group_size", int, where),
+            zero_points=zeros,
+            input_order=bool(extra.get("input_order")),
+        )
     return replace(
         quant,
         weights=DType.parse(weights) if weights else quant.weights,

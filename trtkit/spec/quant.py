@@ -24,7 +24,8 @@ class QuantSpec:
     `weights` is the storage of the linear layers inside blocks, `activations` the matmul's other operand,
     `compute` everything else (embeddings, norms, lm_head, scales), `kv` the cache. `group_size` is 0 for
     per-output-channel scales. `algo` is TensorRT-LLM's name of the scheme, None when nothing is quantised.
-    `zero_points` says that a zero point is stored beside every scale of a group.
+    `zero_points` says that a zero point is stored beside every scale of a group, `input_order` that inputs are stored in
+    another order than the model's (GPTQ with activation order).
     """
 
     precision: str
@@ -35,6 +36,7 @@ class QuantSpec:
     algo: str | None = None
     group_size: int = 0
     zero_points: bool = field(default=False, metadata=LATER)
+    input_order: bool = field(default=False, metadata=LATER)
 
     def with_kv(self, kv: DType) -> QuantSpec:
         """The same scheme with another cache type."""

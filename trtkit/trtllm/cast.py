@@ -33,6 +33,7 @@ _STORAGE: dict[DType, type[np.generic]] = {
     DType.INT8: np.int8,
     DType.INT4: np.uint8,
     DType.FP8: np.uint8,
+    DType.INT32: np.int32,
 }
 _EXPONENT = {DType.FP32: 0x7F80_0000, DType.FP16: 0x7C00, DType.BF16: 0x7F80}
 """Bits of infinity; larger ones (the sign aside) are NaN."""

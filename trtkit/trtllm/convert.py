@@ -31,7 +31,7 @@ from trtkit.trtllm.layout import Slab, slabs
 from trtkit.trtllm.packed import source_quant
 from trtkit.trtllm.piece import LostWriteError, PieceWorker
 from trtkit.trtllm.safetensors_file import FileLayout, lay_out
-from trtkit.trtllm.source import SourceCheckpoint, open_source
+from trtkit.trtllm.source import SourceCheckpoint, check_orders, open_source
 from trtkit.trtllm.stored import (
     GPTQ_GROUP,
     GPTQ_GROUPS,
@@ -172,6 +172,8 @@ def with_source_groups(stored: QuantSpec, source: SourceCheckpoint, parallel: Pa
     kept = stored.precision == "int8-gptq" or stored.algo == INT4_GROUPS
     if kept and stored.compute is DType.BF16 and "F16" in source.scale_dtypes:
         raise UnsupportedError(f"{where}: its scales are float16 numbers, which bf16 would round; use --dtype fp16")
+    if stored.input_order:
+        check_orders(source)
     if stored.algo != GPTQ_INT8:
         return stored
     group = stored.group_size or GPTQ_GROUP

@@ -29,7 +29,8 @@ _BITS = {GPTQ: (4, 8), AWQ: (4,), COMPRESSED: (4, 8)}
 class Packing:
     """How weights are quantised. `group_size` is 0 where each row has one scale.
 
-    `zero_less` is what a stored zero point lacks: GPTQ's first format stores it less one.
+    `zero_less` is what a stored zero point lacks: GPTQ's first format stores it less one. `reordered` says that groups are
+    not of neighbouring inputs (GPTQ's desc_act).
     """
 
     method: str
@@ -37,6 +38,7 @@ class Packing:
     group_size: int
     symmetric: bool
     zero_less: int = 0
+    reordered: bool = False
 
     @property
     def name(self) -> str:
@@ -87,6 +89,10 @@ def source_quant(
         UnsupportedError: weights as they come are asked for, and they are not of that kind; or no groups fit.
     """
     kept = packing is not None and packing.bits == quant.weights.bits
+    if packing is not None and packing.reordered and kept and quant.is_grouped and parallel.tp > 1:
+        raise UnsupportedError(
+            f"{where}: desc_act is True, so inputs have an order of their own, which is kept on one rank; use --tp 1"
+        )
     if quant.precision == "int8-gptq":
         if packing is None or not kept:
             what = "not quantised" if packing is None else packing.name
@@ -95,12 +101,19 @@ def source_quant(
                 f"{where}: precision int8-gptq takes a model that GPTQ has quantised to 8 bits (quantize_config.json or "
                 f"quantization_config); this one is {what}: use --precision {other}"
             )
+        if quant.algo == GPTQ_INT8 and packing.reordered:
+            raise UnsupportedError(
+                f"{where}: desc_act is True, and TensorRT-LLM's groups are of neighbouring inputs; use --target embedded, or "
+                "GPTQ with desc_act False"
+            )
         if quant.algo == GPTQ_INT8 or not packing.group_size:
             return replace(quant, group_size=packing.group_size)
-        return with_groups(model, quant, parallel, within=packing.group_size)
+        held = replace(quant, input_order=packing.reordered)
+        return with_groups(model, held, parallel, within=packing.group_size)
     if quant.algo != INT4_GROUPS or packing is None or not kept:
         return with_groups(model, quant, parallel)
-    return with_groups(model, replace(quant, zero_points=not packing.symmetric), parallel, within=packing.group_size)
+    held = replace(quant, zero_points=not packing.symmetric, input_order=packing.reordered)
+    return with_groups(model, held, parallel, within=packing.group_size)
 
 
 def weights_note(packing: Packing, quant: QuantSpec, *, to_engine: bool) -> str:
@@ -116,10 +129,7 @@ def weights_note(packing: Packing, quant: QuantSpec, *, to_engine: bool) -> str:
 
 
 def _gptq(path: Path, settings: Mapping[str, Any]) -> Packing:
-    if settings.get("desc_act", False):
-        raise UnsupportedError(
-            f"{path}: desc_act is {settings['desc_act']!r}; trtkit converts GPTQ with desc_act False (or the unquantised model)"
-        )
+    group = _group_size(path, settings.get("group_size", -1))
     if settings.get("checkpoint_format", GPTQ) not in (GPTQ, "gptq_v2"):
         raise UnsupportedError(
             f"{path}: checkpoint_format is {settings['checkpoint_format']!r}; trtkit converts gptq and gptq_v2"
@@ -127,9 +137,10 @@ def _gptq(path: Path, settings: Mapping[str, Any]) -> Packing:
     return Packing(
         method=GPTQ,
         bits=settings.get("bits", 0),
-        group_size=_group_size(path, settings.get("group_size", -1)),
+        group_size=group,
         symmetric=settings.get("sym", True) is not False,
         zero_less=0 if settings.get("checkpoint_format") == "gptq_v2" else 1,
+        reordered=bool(settings.get("desc_act", False)) and group > 0,
     )
 
 

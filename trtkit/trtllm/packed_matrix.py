@@ -110,12 +110,25 @@ class PackedMatrix(ABC):
 
     def values(self, row: int, count: int) -> NDArray[np.float32]:
         """Rows [row, row + count) multiplied with their scales, float32 [count, cols]; exact."""
-        wide = self.numbers(row, count).astype(np.float32)
+        wide = self.in_groups(self.numbers(row, count)).astype(np.float32)
         grouped, rows = wide.reshape(count, -1, self.group_size), slice(row, row + count)
         if self.zeros is not None:
             grouped -= self.zeros[:, rows].T[:, :, None]
         grouped *= self.scales[:, rows].T[:, :, None]
-        return wide
+        if self.order is None:
+            return wide
+        result = np.empty_like(wide)
+        result[:, self.order] = wide
+        return result
+
+    @cached_property
+    def order(self) -> NDArray[np.int32] | None:
+        """The inputs, group by group; None where groups are of neighbours."""
+        return None
+
+    def in_groups(self, numbers: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Numbers [rows, cols] with the inputs of a group beside each other."""
+        return numbers if self.order is None else np.ascontiguousarray(numbers[:, self.order])
 
     def check(self) -> None:
         """Look at shapes and types, every group's zero points and every input's group; reads the small tensors only.
@@ -186,11 +199,23 @@ class GptqMatrix(PackedMatrix):
     def check(self) -> None:
         """See `PackedMatrix.check`."""
         super().check()
-        path, entry = self.parts["g_idx"]
-        if (_mapped(path, entry, np.dtype(np.int32)) != np.arange(self.cols) // self.group_size).any():
+        (path, entry), groups = self.parts["g_idx"], np.arange(self.cols) // self.group_size
+        if self.config.reordered and (np.sort(self._groups) != groups).any():
+            raise InputError(f"{path}: tensor {entry.name!r} has no groups of {self.group_size} inputs each")
+        if not self.config.reordered and (self._groups != groups).any():
             raise UnsupportedError(
-                f"{path}: tensor {entry.name!r} orders the inputs by activation; trtkit converts GPTQ with desc_act: false"
+                f"{path}: tensor {entry.name!r} orders the inputs by activation, and the config says desc_act: false"
             )
+
+    @cached_property
+    def order(self) -> NDArray[np.int32] | None:
+        """The inputs, group by group."""
+        return np.argsort(self._groups, kind="stable").astype(np.int32) if self.config.reordered else None
+
+    @property
+    def _groups(self) -> NDArray[np.int32]:
+        groups: NDArray[np.int32] = _mapped(*self.parts["g_idx"], np.dtype(np.int32))
+        return groups
 
     def numbers(self, row: int, count: int) -> NDArray[np.int8]:
         """Rows [row, row + count) as int8 [count, cols]."""

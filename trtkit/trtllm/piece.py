@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trtkit.spec.atomic import output_errors
-from trtkit.spec.checkpoint import GROUP_SCALE, GROUP_ZERO, ROW_SCALE
+from trtkit.spec.checkpoint import GROUP_SCALE, GROUP_ZERO, INPUT_ORDER, ROW_SCALE
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, OutputError
 from trtkit.trtllm.cast import Array, cast, check_finite, quantise_fp8_rows, quantise_rows, storage_dtype
@@ -214,7 +214,8 @@ class PieceWorker:
         size = piece.targets[0].cols // first.entries[scale_name].shape[1]
         rows, beside = slice(piece.row, piece.row + piece.rows), {}
         if tensor.packed is not None and tensor.packed.config.bits == stored.bits:
-            numbers = tensor.packed.numbers(piece.row, piece.rows)
+            numbers = tensor.packed.in_groups(tensor.packed.numbers(piece.row, piece.rows))
+            self._write_order(piece, tensor.packed)
             group = np.arange(0, piece.cols, size) // tensor.packed.group_size
             for suffix, values in ((GROUP_SCALE, tensor.packed.scales), (GROUP_ZERO, tensor.packed.zeros)):
                 if values is not None:
@@ -224,6 +225,14 @@ class PieceWorker:
             values = self._read(tensor, piece, source)
             numbers, beside[GROUP_SCALE] = quantise_groups(values, source, size, compute, where, piece.row)
         self._write_groups(piece, pack_groups(numbers, size) if stored is DType.INT4 else numbers, beside)
+
+    def _write_order(self, piece: Slab, packed: PackedMatrix) -> None:
+        """The same for every row; q, k and v share one (`convert` has looked)."""
+        for target in piece.targets if packed.order is not None else ():
+            rank, name = self._ranks[target.rank], f"{_beside(target.name)}{INPUT_ORDER}"
+            if name in rank.layout.entries:
+                assert packed.order is not None
+                rank.write(name, 0, packed.order[target.col : target.col + target.cols, None])
 
     def _write_groups(self, piece: Slab, numbers: Array, beside: Mapping[str, Array]) -> None:
         """Every rank's columns of a matrix and of what lies beside it, which have fewer columns each."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+import numpy as np
+
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.hf import load_model_spec
 from trtkit.spec.model import ModelSpec
@@ -171,3 +173,21 @@ def _check_tensor(tensor: SourceTensor, shape: tuple[int, ...]) -> None:
         )
     if tensor.entry.shape != shape:
         raise InputError(f"{where} has shape {list(tensor.entry.shape)}, config.json asks for {list(shape)}")
+
+
+def check_orders(source: SourceCheckpoint) -> None:
+    """Refuse orders of inputs that differ between matrices which the engine multiplies as one.
+
+    Raises:
+        UnsupportedError: names the first of them.
+    """
+    for layer in range(source.model.num_layers):
+        for module, names in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
+            first, *others = (f"model.layers.{layer}.{module}.{name}_proj.weight" for name in names)
+            for other in others:
+                one, two = (packed.order for name in (first, other) if (packed := source.tensors[name].packed))
+                if one is None or two is None or not np.array_equal(one, two):
+                    raise UnsupportedError(
+                        f"{source.directory}: {first} and {other} order their common inputs differently; use --precision int8, "
+                        "or GPTQ with desc_act False"
+                    )

@@ -158,7 +158,6 @@ def test_the_pytorch_backend_gets_rows_as_plain_int8_and_groups_are_refused(tmp_
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"desc_act": True}, UnsupportedError, "desc_act is True"),
         ({"sym": False}, UnsupportedError, "sym is False"),
         ({"bits": 3}, UnsupportedError, "bits is 3; trtkit converts GPTQ with 4 or 8 bits"),
         ({"quant_method": "awq"}, UnsupportedError, "bits is 8; trtkit converts AWQ with 4 bits"),
@@ -179,6 +178,20 @@ def test_settings_that_cannot_be_converted_are_refused_in_one_line(
         convert(tmp_path / "g", tmp_path / "out", quant=GPTQ)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_engines_do_not_take_groups_of_inputs_that_are_no_neighbours(tmp_path: Path) -> None:
+    source, _, _ = checkpoint(tmp_path, desc_act=True)
+    with pytest.raises(
+        UnsupportedError, match=r"desc_act is True, and TensorRT-LLM's groups.*--target embedded"
+    ) as caught:
+        convert(source, tmp_path / "out", quant=GPTQ, target="tensorrt")
+    assert "\n" not in str(caught.value)
+    rows, _, matrices = checkpoint(tmp_path / "rows", -1, desc_act=True)
+    convert(rows, tmp_path / "out", quant=GPTQ, target="tensorrt")
+    rank = load_file(tmp_path / "out" / "rank0.safetensors")
+    weight, scale = (rank[f"transformer.layers.0.mlp.proj.{s}"].float() for s in ("weight", "weights_scaling_factor"))
+    assert torch.equal((weight * scale.repeat_interleave(128, 0)).T, matrices["model.layers.0.mlp.down_proj.weight"])
 
 
 def asymmetric(tensors: Tensors) -> None:

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from support.packed_sources import Tensors, write_packed
 from support.tiny_checkpoints import write_model
 
+from trtkit.engine.device.model import product
 from trtkit.engine.weights import ModelWeights, load_weights
 from trtkit.kernels.int4 import dequantise_groups
+from trtkit.plan.work import weight_bytes
 from trtkit.spec.dtype import DType
 from trtkit.spec.errors import InputError, UnsupportedError
 from trtkit.spec.plan import Parallelism
@@ -31,6 +33,8 @@ FORMS: list[dict[str, Any]] = [
     {"method": "gptq", "symmetric": False, "group": 64},
     {"method": "gptq", "symmetric": False, "group": 128, "version": "gptq_v2"},
     {"method": "gptq", "symmetric": True, "group": -1},
+    {"method": "gptq", "symmetric": False, "group": 64, "reordered": True},
+    {"method": "gptq", "symmetric": True, "group": 128, "version": "gptq_v2", "reordered": True},
     {"method": "awq", "symmetric": False, "group": 128},
     {"method": "awq", "symmetric": False, "group": 32},
     {"method": "compressed-tensors", "symmetric": True, "group": 128},
@@ -40,7 +44,8 @@ FORMS: list[dict[str, Any]] = [
 
 
 def named(form: dict[str, Any]) -> str:
-    return f"{form['method']}{form.get('version', '')}-{'sym' if form['symmetric'] else 'asym'}-{form['group']}"
+    kind = "ordered" if form.get("reordered") else ""
+    return f"{form['method']}{form.get('version', '')}{kind}-{'sym' if form['symmetric'] else 'asym'}-{form['group']}"
 
 
 def checkpoint(folder: Path, form: dict[str, Any], dtype: torch.dtype = torch.float16) -> tuple[Path, Tensors, Tensors]:
@@ -71,7 +76,10 @@ def stands_for(weights: ModelWeights, layer: int) -> Tensors:
         (block.down, {"mlp.down_proj": 128}),
     ):
         assert matrix.scale is not None
-        values = dequantise_groups(matrix.weight, matrix.scale, matrix.zero).double()
+        stored = dequantise_groups(matrix.weight, matrix.scale, matrix.zero).double()
+        values = stored if matrix.input_order is None else torch.empty_like(stored)
+        if matrix.input_order is not None:
+            values[:, matrix.input_order.long()] = stored
         for name, part in zip(parts, values.split(list(parts.values())), strict=True):
             result[f"model.layers.{layer}.{name}.weight"] = part
     return result
@@ -81,6 +89,10 @@ def stands_for(weights: ModelWeights, layer: int) -> Tensors:
 @pytest.mark.parametrize("form", FORMS, ids=named)
 def test_the_embedded_engine_gets_them_without_loss(tmp_path: Path, form: dict[str, Any], tp: int) -> None:
     source, _, matrices = checkpoint(tmp_path, form)
+    if form.get("reordered") and tp > 1:
+        with pytest.raises(UnsupportedError, match=r"desc_act is True.*use --tp 1"):
+            convert(source, tmp_path / "out", quant=INT4, parallel=Parallelism(tp=tp))
+        return
     result = convert(source, tmp_path / "out", quant=INT4, parallel=Parallelism(tp=tp))
     size = form["group"] if form["group"] > 0 else 128
     assert result.quant.group_size == min(size, 128 // tp)
@@ -90,6 +102,39 @@ def test_the_embedded_engine_gets_them_without_loss(tmp_path: Path, form: dict[s
     for layer in range(2):
         for name, values in stands_for(weights, layer).items():
             assert torch.equal(values, matrices[name]), name
+
+
+def test_products_take_activations_in_the_weights_own_order(tmp_path: Path) -> None:
+    source, _, matrices = checkpoint(tmp_path, FORMS[4])
+    convert(source, tmp_path / "out", quant=INT4)
+    weights, quant = load_weights(tmp_path / "out", dtype=DType.FP32)
+    assert quant.input_order
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    expected = x.double() @ matrices["model.layers.0.mlp.down_proj.weight"].T
+    assert torch.allclose(weights.layers[0].down(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(product(weights.layers[0].down, x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert load_weights(tmp_path / "out")[0].num_bytes == weight_bytes(weights.model, quant)
+
+
+def test_orders_that_differ_between_matrices_with_one_input_are_refused(tmp_path: Path) -> None:
+    source, tensors, _ = checkpoint(tmp_path, FORMS[4])
+    name = "model.layers.1.self_attn.k_proj.g_idx"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UnsupportedError, match=r"k_proj\.weight order their common inputs differently") as caught:
+        convert(source, tmp_path / "out", quant=INT4)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_order_that_is_none_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    source, _, _ = checkpoint(tmp_path, FORMS[4])
+    convert(source, tmp_path / "out", quant=INT4)
+    path = tmp_path / "out" / "rank0.safetensors"
+    stored = load_file(path)
+    stored["transformer.layers.0.mlp.proj.input_order"][3] = 4
+    save_file(stored, path)
+    with pytest.raises(InputError, match=r"proj\.input_order: is no order of 256 inputs"):
+        load_weights(tmp_path / "out")
 
 
 def test_plain_weights_are_rounded_to_the_nearest_of_sixteen_and_better_than_by_their_maximum(tmp_path: Path) -> None:
@@ -163,13 +208,12 @@ def test_other_precisions_get_what_the_numbers_stand_for(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("form", "changes", "error", "says"),
     [
-        (FORMS[0], {"desc_act": True}, UnsupportedError, "desc_act is True"),
         (FORMS[0], {"bits": 3}, UnsupportedError, "bits is 3; trtkit converts GPTQ with 4 or 8 bits"),
-        (FORMS[4], {"version": "gemv"}, UnsupportedError, "version is 'gemv'.*GEMM"),
-        (FORMS[4], {"bits": 8}, UnsupportedError, "bits is 8; trtkit converts AWQ with 4 bits"),
-        (FORMS[4], {"group_size": "all"}, InputError, "group_size is 'all'"),
-        (FORMS[6], {"format": "marlin-24"}, UnsupportedError, "format 'marlin-24'"),
-        (FORMS[6], {"config_groups": {}}, UnsupportedError, "0 groups of layers"),
+        (FORMS[6], {"version": "gemv"}, UnsupportedError, "version is 'gemv'.*GEMM"),
+        (FORMS[6], {"bits": 8}, UnsupportedError, "bits is 8; trtkit converts AWQ with 4 bits"),
+        (FORMS[6], {"group_size": "all"}, InputError, "group_size is 'all'"),
+        (FORMS[8], {"format": "marlin-24"}, UnsupportedError, "format 'marlin-24'"),
+        (FORMS[8], {"config_groups": {}}, UnsupportedError, "0 groups of layers"),
     ],
 )
 def test_settings_that_are_not_taken_over_are_refused_in_one_line(
@@ -197,7 +241,7 @@ def test_settings_that_are_not_taken_over_are_refused_in_one_line(
 def test_weights_of_compressed_tensors_that_are_not_integers_in_order_are_refused(
     tmp_path: Path, weights: dict[str, Any], says: str
 ) -> None:
-    source, _, _ = checkpoint(tmp_path, FORMS[6])
+    source, _, _ = checkpoint(tmp_path, FORMS[8])
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"] |= weights
     (source / "config.json").write_text(json.dumps(config))
@@ -213,10 +257,11 @@ LAYER = "model.layers.0.mlp.gate_proj."
     [
         (FORMS[0], "qzeros", lambda t: t + 1, "zero points other than 8, and the config says symmetric"),
         (FORMS[1], "g_idx", lambda t: t.flip(0).contiguous(), r"g_idx.*desc_act"),
-        (FORMS[4], "qweight", lambda t: t[:, :-1].contiguous(), r"qweight.*\[128, 32\]"),
-        (FORMS[4], "qzeros", None, r"qzeros' is missing; INT4 AWQ has qweight, qzeros, scales"),
-        (FORMS[7], "weight_zero_point", None, "weight_zero_point' is missing"),
-        (FORMS[6], "weight_scale", lambda t: t.float() * torch.nan, "NaN or infinity"),
+        (FORMS[4], "g_idx", lambda t: t * 0, r"g_idx.*no groups of 64 inputs each"),
+        (FORMS[6], "qweight", lambda t: t[:, :-1].contiguous(), r"qweight.*\[128, 32\]"),
+        (FORMS[6], "qzeros", None, r"qzeros' is missing; INT4 AWQ has qweight, qzeros, scales"),
+        (FORMS[9], "weight_zero_point", None, "weight_zero_point' is missing"),
+        (FORMS[8], "weight_scale", lambda t: t.float() * torch.nan, "NaN or infinity"),
     ],
 )
 def test_damaged_tensors_are_named_in_one_line(
@@ -234,7 +279,7 @@ def test_damaged_tensors_are_named_in_one_line(
 
 
 def test_older_awq_files_with_their_own_words_are_read(tmp_path: Path) -> None:
-    source, _, _ = checkpoint(tmp_path, FORMS[4])
+    source, _, _ = checkpoint(tmp_path, FORMS[6])
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (source / "config.json").write_text(json.dumps(config))
