@@ -532,6 +532,26 @@ def test_the_page_shows_a_real_record_with_its_shares_and_what_was_not_run(tmp_p
     assert "| below 450 ms | - |" in page.aims_table(tmp_path)
 
 
+def test_an_aim_is_read_from_two_calls_and_the_newest_of_a_cell_counts(tmp_path: Path) -> None:
+    def record(name: str, **rows: int) -> None:
+        cells = {
+            row: {"name": "c32-isl4096", "result": {"valid": True, "repeats": [{"kv": {"requests_peak": peak}}]}}
+            for row, peak in rows.items()
+        }
+        body = {
+            "gpu": "h100-sxm",
+            "rehearsal": False,
+            "rows": [{"row": r.replace("_", "-"), "cells": [c]} for r, c in cells.items()],
+        }
+        (tmp_path / f"gpu-{name}-llama70b.json").write_text(json.dumps({"data": body}))
+
+    record("h100-1", int8=5)
+    assert "| 1.8x those without | - |" in page.aims_table(tmp_path)
+    record("h100-2", int8_h2o_long=13)
+    record("h100-3", int8=7)
+    assert "| 1.8x those without | 13 of 7: 1.86x |" in page.aims_table(tmp_path)
+
+
 def test_at_the_real_size_impossible_speeds_are_marked_invalid_and_have_no_price(tmp_path: Path) -> None:
     ceilings = {
         READ_BYTES_S: Measured(value=3.0e12, unit="B/s", source=Source.MEASURED),
