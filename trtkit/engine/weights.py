@@ -50,7 +50,8 @@ class Linear:
     `weight` [out, in] is quantised exactly when there is a `scale`: int8 with one in the compute type for each row, [out],
     or for each row and group of inputs, [out, groups]; uint8 [out, in / 2] (packed INT4, see `trtkit.kernels.int4`) with
     [out, groups]; float8_e4m3fn with [out] in fp32. Else it comes from `pack`. `zero` [out, groups] is the number that
-    stands for 0, None where that is 0 itself; `input_scale` [in] is what AWQ multiplies activations with, None is 1;
+    stands for 0, None where that is 0 itself; `input_scale` [in] is what AWQ multiplies activations with, None is 1,
+    or [n, in] where n matrices lie below each other that want their own;
     `input_order` [in] names the activation for each column of the weight, None is the model's own order.
     """
 
@@ -63,6 +64,8 @@ class Linear:
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
+        if self.apart:
+            return torch.cat([part(x_TI) for part in self.apart], dim=1)
         x_TI = self.scaled(x_TI)
         if self.scale is None:
             return linear(x_TI, self.weight, self.bias)
@@ -73,6 +76,18 @@ class Linear:
         else:
             y_TO = int8_linear(x_TI, self.weight, self.scale)
         return y_TO if self.bias is None else y_TO.add_(self.bias)
+
+    @property
+    def apart(self) -> tuple[Linear, ...]:
+        """The matrices whose inputs are scaled differently, views of this one's rows; empty where all are alike."""
+        if self.input_scale is None or self.input_scale.dim() == 1:
+            return ()
+        count = self.input_scale.shape[0]
+        beside = ((None,) * count if t is None else t.chunk(count) for t in (self.scale, self.bias, self.zero))
+        return tuple(
+            Linear(weight=w, scale=s, bias=b, zero=z, input_scale=i, input_order=self.input_order)
+            for w, s, b, z, i in zip(self.weight.chunk(count), *beside, self.input_scale, strict=True)
+        )
 
     def scaled(self, x_TI: Tensor) -> Tensor:
         """Activations as the weight wants them."""
@@ -262,13 +277,11 @@ class _Builder:
         return groups
 
     def _input_scale(self, names: list[str], columns: int) -> Tensor | None:
-        """What the matrices' common input is multiplied with."""
+        """What the matrices' common input is multiplied with, [in], or [matrices, in] where that differs."""
         if not any(self.has(f"{name}.{INPUT_SCALE}") for name in names):
             return None
         first, *others = (self.plain(f"{name}.{INPUT_SCALE}", (columns,)) for name in names)
-        if any(not torch.equal(first, other) for other in others):
-            raise InputError(f"{' and '.join(names)}: their {INPUT_SCALE} differ, though they have one input")
-        return first
+        return first if all(torch.equal(first, other) for other in others) else torch.stack([first, *others])
 
     def _input_order(self, name: str, columns: int) -> Tensor | None:
         if not self.has(f"{name}.{INPUT_ORDER}"):

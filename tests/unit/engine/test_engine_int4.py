@@ -15,6 +15,7 @@ from support.engine_models import kv_bytes, limits, make_hf, spec_of, trtllm_ten
 from support.int4 import int4_groups, is_matrix, packed
 
 from trtkit.engine import int4
+from trtkit.engine.device.model import product
 from trtkit.engine.int4 import grouped_linear
 from trtkit.engine.matmul import plain
 from trtkit.engine.open import open_tensors
@@ -154,7 +155,7 @@ def modelopt_awq(directory: Path, parallel: Parallelism, group: int) -> dict[str
     befores = {
         name: torch.rand(tensor.shape[1], generator=generator) + 0.5
         for name, tensor in PLAIN.items()
-        if name.endswith(("dense.weight", "proj.weight"))
+        if name.endswith(("dense.weight", "proj.weight", "fc.weight", "gate.weight"))
     }
     for rank in range(parallel.tp):
         path = plain_dir / f"rank{rank}.safetensors"
@@ -166,7 +167,8 @@ def modelopt_awq(directory: Path, parallel: Parallelism, group: int) -> dict[str
             tensors[name] = (numbers[0::2] + 16 * numbers[1::2]).to(torch.uint8)
             tensors[f"{prefix}weights_scaling_factor"] = scale
             if name in befores:
-                tensors[f"{prefix}prequant_scaling_factor"] = befores[name].chunk(parallel.tp)[rank].clone()
+                split = parallel.tp if name.endswith(("dense.weight", "proj.weight")) else 1
+                tensors[f"{prefix}prequant_scaling_factor"] = befores[name].chunk(split)[rank % split].clone()
         save_file(tensors, path)
     for name, tensor in PLAIN.items():
         if is_matrix(name, tensor):
@@ -185,13 +187,17 @@ def test_modelopts_awq_layout_is_read_with_what_multiplies_the_inputs(tmp_path: 
     for name, tensor in expected(meant).items():
         index, matrix = name.split(".")
         before = getattr(weights.layers[int(index)], matrix).input_scale
-        assert (before is not None) == (matrix in ("dense", "down"))
-        values = found[name] if before is None else found[name] * before
+        assert (before is not None) == (matrix != "qkv")
+        values = found[name]
+        if before is not None:
+            halves = values.chunk(2) if matrix == "gate_up" else (values,)
+            values = torch.cat([half * one for half, one in zip(halves, before.view(len(halves), -1), strict=True)])
         assert torch.allclose(values, tensor, rtol=1e-6, atol=1e-7)
-    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(
-        weights.layers[0].down(x), x @ meant["transformer.layers.0.mlp.proj.weight"].T, rtol=1e-4, atol=1e-5
-    )
+    x, layer = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)), weights.layers[0]
+    right = expected(meant)
+    for inputs, matrix, name in ((x, layer.down, "0.down"), (x[:, :128], layer.gate_up, "0.gate_up")):
+        for y in (matrix(inputs), product(matrix, inputs)):
+            assert torch.allclose(y, inputs @ right[name].T, rtol=1e-4, atol=1e-5)
 
 
 NAME = "transformer.layers.1.mlp.proj."

@@ -60,6 +60,9 @@ def product(matrix: Linear, x_TI: Tensor | Fp8Rows, out: Tensor | None = None) -
         return fp8_product(*operands, x_TI.dtype, out=out)
     if matrix.scale is not None and matrix.weight.dtype is torch.float8_e4m3fn:
         return fp8_linear(x_TI, matrix.weight, matrix.scale, matrix.bias, out=out)
+    if matrix.apart:
+        joined = torch.cat([product(part, x_TI) for part in matrix.apart], dim=1)
+        return joined if out is None else out.copy_(joined)
     return linear(matrix.scaled(x_TI), matrix.weight, matrix.scale, matrix.bias, zero=matrix.zero, out=out)
 
 
