@@ -14,9 +14,11 @@ from support.gptq import write_gptq
 from trtkit.backends import open_engine
 from trtkit.backends.build import build_engine
 from trtkit.backends.recipe import BuildOptions, make_plan
+from trtkit.backends.twin import write_twin
 from trtkit.backends.verify import MAX_DRIFT
 from trtkit.engine.open import open_checkpoint
 from trtkit.spec.bundle import EngineBundle
+from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Engine, Request
 from trtkit.spec.errors import EngineError, UnsupportedError, UsageError
 from trtkit.spec.plan import Limits
@@ -205,6 +207,20 @@ def test_fp8_rows_need_no_calibration_and_compute_what_they_stand_for(
     assert bundle.manifest.verification["drift"] < MAX_DRIFT
     assert 0.005 < bundle.manifest.verification["quantisation_drift"] < 0.1
     assert len(tokens(bundle)) == 3
+
+
+@pytest.mark.slow
+def test_the_embedded_engine_runs_modelopts_awq_checkpoint_as_it_is(
+    fake: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    bundle = build(tmp_path, precision="int4-awq", calib_text=text)
+    (tmp_path / "twin").mkdir()
+    write_twin(bundle.checkpoint_dir, tmp_path / "twin", 4)
+    limits = Limits(max_batch_size=4, max_num_tokens=64, max_seq_len=64, tokens_per_block=8)
+    with open_checkpoint(bundle.checkpoint_dir, limits=limits, dtype=DType.FP32) as packed:
+        written = generated(packed)
+    with open_checkpoint(tmp_path / "twin", limits=limits) as twin:
+        assert generated(twin) == written
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int4-awq", "int8-sq"])
