@@ -13,6 +13,7 @@ from support.engine_models import make_hf, open_hf, spec_of, trtllm_tensors
 
 from trtkit.engine.batch import RowInput
 from trtkit.engine.block_pool import BlockPool
+from trtkit.engine.device.setup import device_needs
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.open import open_tensors
 from trtkit.engine.paged_cache import PagedCache
@@ -23,7 +24,7 @@ from trtkit.engine.step import Draw, StepInput, one_by_one
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import FinishReason, KVStats, Request, Sampling, TokenEvent
 from trtkit.spec.errors import UsageError
-from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import Limits
 from trtkit.spec.speculation import SpeculationSpec
 
@@ -236,6 +237,12 @@ def test_without_speculation_a_device_step_is_as_large_as_its_batch_and_one_runs
 )
 def test_a_decode_step_has_room_for_guesses_up_to_64_rows(batch: int, drafts: int, rows: int) -> None:
     assert decode_rows(batch, drafts) == rows
+
+
+def test_memory_for_drawing_is_counted_for_every_row_of_guesses() -> None:
+    weights, few = open_hf(_hf())._runner.weights, Limits(max_batch_size=8, max_seq_len=64)
+    plain, guessing = (device_needs(weights, few, DType.FP32, KVPolicySpec(), "cpu", spec) for spec in (None, FOUR))
+    assert guessing.sampling == 5 * plain.sampling > 0
 
 
 @pytest.mark.parametrize("captured", [True, False])

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import trtkit.engine.device
 from trtkit.spec.engine import Request, Sampling
 from trtkit.spec.kv import parse_kv_policy
+from trtkit.spec.speculation import SpeculationSpec
 
 READS = {
     "_local_scalar_dense", "nonzero", "nonzero_static", "is_nonzero", "equal", "masked_select", "unique_dim",
@@ -70,10 +71,10 @@ def _opaque_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hidden > 10, "the kernels go by other names now"
 
 
-def _watched(policy: str, sampling: Sampling) -> Watching:
+def _watched(policy: str, sampling: Sampling, speculation: SpeculationSpec | None = None) -> Watching:
     """Everything that launches do while three prompts are read and answered."""
     watching = Watching()
-    engine = open_device(make_hf(), policy=parse_kv_policy(policy))
+    engine = open_device(make_hf(), policy=parse_kv_policy(policy), speculation=speculation)
     launch = engine._runner.launch
 
     def watched(step: Any) -> Any:
@@ -90,6 +91,7 @@ def _watched(policy: str, sampling: Sampling) -> Watching:
     events = list(engine.generate(requests))
     assert not [event.error for event in events if event.error]
     assert len(events) == 90
+    assert bool(engine.kv_stats().draft_tokens) is (speculation is not None)
     return watching
 
 
@@ -106,6 +108,15 @@ def test_sampling_does_not_wait_either() -> None:
     watching = _watched("full", Sampling(temperature=1.0, top_k=7, top_p=0.8, seed=1))
     assert not watching.read, sorted(set(watching.read))
     assert "cumsum" in watching.seen
+
+
+@pytest.mark.usefixtures("_opaque_kernels")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_checking_guesses_does_not_wait_before_the_step_is_collected(temperature: float) -> None:
+    speculation = SpeculationSpec(max_draft_tokens=4, adaptive=False)
+    watching = _watched("full", Sampling(temperature=temperature, seed=1), speculation)
+    assert not watching.read, sorted(set(watching.read))
+    assert "index_copy_" in watching.seen
 
 
 def test_a_step_that_did_wait_would_be_noticed() -> None:
