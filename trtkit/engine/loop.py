@@ -316,14 +316,19 @@ class EmbeddedEngine:
         return events
 
     def _settle(self, sequence: Sequence, drafted: int, accepted: int, *, spoilt: bool = False) -> None:
-        """Count guesses, and give up what was fed after the last right one."""
+        """Count guesses, and give up what was fed after the last right one; after a `spoilt` step the known token, too."""
         assert self._speculator is not None, "only speculation guesses"
         self._speculator.settle(sequence, drafted, accepted, spoilt=spoilt)
-        wrong = sequence.num_tokens + 1 - sequence.known_len
-        if wrong and sequence.state is SequenceState.RUNNING:
+        if sequence.state is not SequenceState.RUNNING:
+            return
+        wrong = sequence.num_tokens + 1 - sequence.known_len - int(spoilt)
+        if wrong:
             self._runner.take_back(sequence, wrong)
             sequence.take_back(wrong)
             self._scheduler.trim(sequence)
+        if spoilt:
+            # It is fed into its slot again. The block stays, for others may have found it by its tokens.
+            sequence.take_back(1)
 
     def _append(self, sequence: Sequence, index: int, token: int, now_ns: int) -> TokenEvent:
         if token == NOT_A_NUMBER:

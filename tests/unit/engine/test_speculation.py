@@ -292,16 +292,22 @@ def _poison(engine: EmbeddedEngine, token: int) -> EmbeddedEngine:
     return engine
 
 
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("tokens_per_block", [1, 2, 16])
 @pytest.mark.parametrize("opened", OPENED)
-def test_a_wrong_guess_that_is_no_number_harms_nobody(opened: Any) -> None:
+def test_a_wrong_guess_that_is_no_number_harms_nobody(opened: Any, tokens_per_block: int, reuse: bool) -> None:
     poison = next(token for token in range(3, 96) if token not in _written())
 
     class Poisons(Knows):
         def propose(self, sequence: Sequence, most: int) -> Seq[int]:
             return [poison] * most
 
-    engine = _poison(opened(make_hf(), speculation=FOUR, proposer=Poisons(), tokens_per_block=16), poison)
-    assert tuple(_ids(_run(engine, _request())["a"])) == _written()
+    options = {"tokens_per_block": tokens_per_block, "enable_block_reuse": reuse}
+    engine = _poison(opened(make_hf(), speculation=FOUR, proposer=Poisons(), **options), poison)
+    for event in engine.generate([_request()]):
+        engine.check()
+        assert event.token_id == _written()[event.index]
+    assert event.finish is FinishReason.LENGTH
     assert engine.kv_stats().draft_tokens
     assert engine.kv_stats().accepted_tokens == 0
 
