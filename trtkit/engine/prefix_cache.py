@@ -88,7 +88,10 @@ class PrefixCache:
         self._unwritten.clear()
 
     def abandon(self) -> None:
-        """The step was never launched, and everybody in it has given their blocks back: forget what it was to fill."""
+        """The step was never launched, and everybody in it has given their blocks back: forget what it was to fill.
+
+        What hangs on such a block goes with it, even if it was written.
+        """
         for block in reversed(self._unwritten):
             if block in self._nodes:
                 self._forget(block)
@@ -118,7 +121,7 @@ class PrefixCache:
         node = _Node(block=block, token_ids=token_ids, parent=parent)
         parent.children[token_ids] = self._nodes[block] = node
         self._pool.keep(block)
-        if not is_written:
+        if not is_written or parent.block in self._unwritten:
             self._unwritten.append(block)
         return node
 

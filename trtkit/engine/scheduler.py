@@ -5,7 +5,8 @@ When blocks run out, the latest arrival gives its blocks back and is computed ag
 always take what it needs, and what it needs fits the pool (checked at `add`), so no state is a deadlock.
 
 With block reuse a sequence starts on the blocks that hold the beginning of its prompt already, which others may own,
-too. Blocks can be found from the moment the step that fills them is made: that step writes them before it reads.
+too. Blocks of a prompt can be found from the moment the step that fills them is made: that step writes them before it
+reads.
 """
 
 from __future__ import annotations
@@ -181,7 +182,8 @@ class Scheduler:
             step.new_blocks += blocks
         end = sequence.num_tokens + count
         if self.prefixes is not None:
-            self.prefixes.publish(sequence, end)
+            # Guesses may follow a single token and spoil its slot, so what it fills is found once that has gone well.
+            self.prefixes.publish(sequence, end if count > 1 else sequence.num_tokens)
         step.feeds.append(
             Feed(
                 sequence=sequence,

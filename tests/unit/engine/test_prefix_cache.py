@@ -208,6 +208,26 @@ def test_a_step_that_was_never_launched_leaves_nothing_to_be_found() -> None:
     world.check()
 
 
+def test_what_hangs_on_a_step_that_was_never_launched_is_forgotten_with_it() -> None:
+    world = World()
+    ahead = world.sequence([*range(8), 50], "ahead")  # as guesses that were right have brought it forward at once
+    ahead.block_table += world.pool.allocate(2, "ahead")
+    ahead.advance(8)
+    lost = world.sequence(range(6), "lost")
+    lost.block_table += world.pool.allocate(2, "lost")
+    world.live += [lost, ahead]
+    world.tree.publish(lost, 6)
+    world.tree.publish(ahead, 8)
+    assert ahead.block_table[0] == lost.block_table[0], "it will be written before anybody reads it"
+    assert len(world.tree) == 2
+    world.end(lost)
+    world.end(ahead)
+    world.tree.abandon()
+    assert len(world.tree) == 0
+    assert world.pool.num_idle == 0
+    world.check()
+
+
 def test_an_evicting_sequence_shares_nothing() -> None:
     world = World()
     first = world.running(range(8))

@@ -313,6 +313,30 @@ def test_a_wrong_guess_that_is_no_number_harms_nobody(opened: Any, tokens_per_bl
 
 
 @pytest.mark.parametrize("opened", OPENED)
+def test_a_block_that_a_guess_has_spoilt_is_found_by_nobody(opened: Any) -> None:
+    poison = next(token for token in range(3, 96) if token not in _written())
+
+    class Poisons(Knows):
+        def propose(self, sequence: Sequence, most: int) -> Seq[int]:
+            # The step feeds the third token of the output, which fills a block: the prompt has three as well.
+            return [poison] * most if sequence.request_id == "a" and len(sequence.output_ids) == 3 else []
+
+    options = {"tokens_per_block": 6, "enable_block_reuse": True}
+    engine = _poison(opened(make_hf(), speculation=FOUR, proposer=Poisons(), **options), poison)
+    launch = engine._runner.launch
+
+    def cancels(step: StepInput) -> Any:
+        if any(row.drafts for row in step.rows):
+            engine.cancel("a")
+        return launch(step)
+
+    engine._runner.launch = cancels  # type: ignore[method-assign]
+    assert _run(engine, _request())["a"][-1].finish is FinishReason.CANCELLED
+    again = _run(engine, _request("b", (*PROMPT, *_written()[:4]), 17))["b"]
+    assert tuple(_ids(again)) == _written()[4:]
+
+
+@pytest.mark.parametrize("opened", OPENED)
 def test_an_output_that_is_no_number_ends_its_request_where_it_would_without_guesses(opened: Any) -> None:
     hf = make_hf(seed=1)
     written = [token or 0 for token in _ids(_run(opened(hf), _request())["a"])]
