@@ -81,36 +81,35 @@ def generate(
     if prompt is not None and tokenizer is not None:
         prompt_ids = tuple(tokenizer.encode(prompt))
     request = Request(
-        request_id="generate",
-        prompt_ids=prompt_ids or (),
-        max_tokens=max_tokens,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        ignore_eos=ignore_eos,
-        kv=policy,
-    )
+        request_id="generate", prompt_ids=prompt_ids or (), max_tokens=max_tokens, sampling=sampling,
+        stop_ids=stop_ids, ignore_eos=ignore_eos, kv=policy,
+    )  # fmt: skip
     overrides: dict[str, Any] = {} if speculate is None else {"speculation": speculate}
     with open_engine(path, **overrides) as engine:
         events, elapsed_ms = _timed(engine, request)
-        label = (policy or engine.info.kv_policy).label
-        speculation, stats = engine.info.speculation, engine.kv_stats()
-    last = events[-1]
-    if last.finish is FinishReason.ERROR or last.finish is None:
-        raise UsageError(last.error or "the engine ended the request without a reason")
-    output = tuple(event.token_id for event in events if event.token_id is not None)
+        info, stats = engine.info, engine.kv_stats()
+    output, finish = _answer(events)
     return Generated(
         engine=bundle.name,
         prompt_ids=request.prompt_ids,
         output_ids=output,
         text=None if tokenizer is None else tokenizer.decode(output),
-        finish=last.finish,
-        kv_policy=label,
+        finish=finish,
+        kv_policy=(policy or info.kv_policy).label,
         evictions=stats.evictions,
         elapsed_ms=elapsed_ms,
-        speculation=speculation_label(speculation),
+        speculation=speculation_label(info.speculation),
         draft_tokens=stats.draft_tokens,
         accepted_tokens=stats.accepted_tokens,
     )
+
+
+def _answer(events: list[TokenEvent]) -> tuple[tuple[int, ...], FinishReason]:
+    """The tokens and why they ended; a refusal is an error of usage."""
+    last = events[-1]
+    if last.finish is FinishReason.ERROR or last.finish is None:
+        raise UsageError(last.error or "the engine ended the request without a reason")
+    return tuple(event.token_id for event in events if event.token_id is not None), last.finish
 
 
 def _timed(engine: Engine, request: Request) -> tuple[list[TokenEvent], float]:

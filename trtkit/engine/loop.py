@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -20,6 +19,7 @@ from trtkit.engine.scheduler import Feed, Scheduler, Step
 from trtkit.engine.scoring import ScoringRun
 from trtkit.engine.sequence import PENDING, Sequence, SequenceState
 from trtkit.engine.speculation import Proposer, Speculator
+from trtkit.engine.stats import engine_info, kv_stats
 from trtkit.engine.step import Awaited, Draw, StepInput
 from trtkit.engine.weights import ModelWeights
 from trtkit.spec.admission import check_request
@@ -76,10 +76,7 @@ class EmbeddedEngine:
         if runner_factory is not None:
             self._runner: Runner = runner_factory(weights, cache, self._scheduler)
         else:
-            observer = observer_factory(cache, self._scheduler) if observer_factory else None
-            if observer is None and not self._policy.is_full:
-                raise UnsupportedError(f"KV policy {self._policy.label!r}: this engine was opened without eviction")
-            self._runner = ModelRunner(weights, cache, limits.max_seq_len, observer)
+            self._runner = self._plain_runner(weights, cache, observer_factory)
         self._speculation = speculation
         self._speculator: Speculator | None = None
         self._max_in_flight = self._runner.max_in_flight
@@ -91,31 +88,20 @@ class EmbeddedEngine:
         self._block_bytes = block_bytes(model, limits.tokens_per_block, kv_dtype)
         self._vocab_size = model.vocab_size
         self._eos_ids = frozenset(model.eos_ids)
-        self._info = self._described(weights, cache, device)
+        self._info = engine_info(weights, limits, cache, self._policy, speculation, self._runner, device)
         self._active: dict[str, Sequence] = {}
         self._seeds: dict[str, int] = {}
         self._cancelled: set[str] = set()
         self._arrivals = 0
         self._busy = self._closed = False
 
-    def _described(self, weights: ModelWeights, cache: PagedCache, device: str) -> EngineInfo:
-        limits, model = self._limits, weights.model
-        return EngineInfo(
-            target="embedded",
-            device=device,
-            vocab_size=model.vocab_size,
-            max_seq_len=limits.max_seq_len,
-            max_batch_size=limits.max_batch_size,
-            max_num_tokens=limits.max_num_tokens,
-            weight_bytes=weights.num_bytes,
-            kv_pool_bytes=cache.num_bytes,
-            kv_policy=self._policy,
-            speculation=self._speculation,
-            eos_ids=model.eos_ids,
-            pid=os.getpid(),
-            notes=self._runner.notes,
-            device_memory=self._runner.memory,
-        )
+    def _plain_runner(
+        self, weights: ModelWeights, cache: PagedCache, observer_factory: ObserverFactory | None
+    ) -> ModelRunner:
+        observer = observer_factory(cache, self._scheduler) if observer_factory else None
+        if observer is None and not self._policy.is_full:
+            raise UnsupportedError(f"KV policy {self._policy.label!r}: this engine was opened without eviction")
+        return ModelRunner(weights, cache, self._limits.max_seq_len, observer)
 
     @property
     def info(self) -> EngineInfo:
@@ -162,26 +148,7 @@ class EmbeddedEngine:
 
     def kv_stats(self) -> KVStats:
         """The block pool at this moment."""
-        counters, speculator = self._runner.counters, self._speculator
-        return KVStats(
-            tokens_per_block=self._limits.tokens_per_block,
-            block_bytes=self._block_bytes,
-            blocks_total=self._pool.num_blocks,
-            blocks_used=self._pool.num_used,
-            blocks_peak=self._pool.peak,
-            requests_running=len(self._scheduler.running),
-            requests_waiting=len(self._scheduler.waiting),
-            requests_peak=self._scheduler.peak_running,
-            preemptions=self._scheduler.preemptions,
-            evictions=counters.evictions,
-            tokens_evicted=counters.tokens_evicted,
-            blocks_freed=counters.blocks_freed,
-            side_bytes=counters.side_bytes,
-            prompt_tokens_reused=self._scheduler.prompt_tokens_reused,
-            blocks_cached=self._pool.num_idle,
-            draft_tokens=0 if speculator is None else speculator.drafted,
-            accepted_tokens=0 if speculator is None else speculator.accepted,
-        )
+        return kv_stats(self._scheduler, self._runner.counters, self._speculator, self._block_bytes)
 
     def check(self) -> None:
         """Prove the pool's books (tests)."""

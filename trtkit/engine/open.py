@@ -95,14 +95,20 @@ def open_embedded(  # noqa: PLR0913 - what replaces the plan's values, all by ke
         limits_now = effective_limits(plan.model, setup.limits)
         found = checked_kernels(plan.model, plan.quant, setup.kv_dtype, limits_now, setup.device)
         setup = replace(setup, notes=found)
+    return _assemble(_bundle_weights(bundle, compute, setup.device), setup)
+
+
+def _bundle_weights(bundle: EngineBundle, compute: DType | None, device: str) -> ModelWeights:
+    """The bundle's weights on the device; random ones are made there."""
+    plan = bundle.manifest.plan
     with _fitting("the weights"):
-        if plan.load_format == "dummy":
-            _check_room(plan, setup.device)
-            quant = plan.quant if compute is None else quant_for(plan.quant.precision, compute=compute)
-            weights = dummy_weights(plan.model, quant, device=setup.device)
-        else:
-            weights = load_weights(bundle.checkpoint_dir, dtype=compute, device=setup.device)[0]
-    return _assemble(weights, setup)
+        if plan.load_format != "dummy":
+            return load_weights(bundle.checkpoint_dir, dtype=compute, device=device)[0]
+        _check_room(plan, device)
+        quant = plan.quant
+        if compute is not None:
+            quant = replace(quant_for(quant.precision, compute=compute), group_size=quant.group_size)
+        return dummy_weights(plan.model, quant, device=device)
 
 
 def _changed(limits: Limits, given: Mapping[str, int | None]) -> Limits:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from trtkit.engine.scheduler import Feed, Scheduler, Step
 from trtkit.engine.sequence import Sequence, blocks_for
-from trtkit.spec.speculation import MOST_DRAFT_TOKENS, SpeculationSpec
+from trtkit.spec.speculation import SpeculationSpec
 
 _WEIGHT = 0.25
 """Of the newest step, in the running mean of accepted tokens."""
@@ -24,11 +24,6 @@ _POOR = 0.25
 """Accepted tokens per checked step below which guessing pauses (assumed: a wrong guess costs a fraction of a step)."""
 _PAUSES = (8, 128)
 """Output tokens that the first pause lasts, and the longest; each is twice the one before, half after a right guess."""
-
-
-def decode_rows(max_batch_size: int, draft_tokens: int) -> int:
-    """Rows of the largest decode step: a full batch with its guesses, at most 64 unless the batch itself is larger."""
-    return max(max_batch_size, min(MOST_DRAFT_TOKENS + 1, max_batch_size * (1 + draft_tokens)))
 
 
 class NgramIndex:
@@ -56,10 +51,8 @@ class NgramIndex:
         for length in range(min(len(self._places), len(self.tokens)), 0, -1):
             place = self._places[length - 1].get(tuple(self.tokens[-length:]))
             if place is not None:
-                copied = self.tokens[place : place + most]
-                while len(copied) < most:
-                    copied += copied[: most - len(copied)]
-                return copied
+                period = len(self.tokens) - place
+                return [self.tokens[place + number % period] for number in range(most)]
         return []
 
 

@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202, E741, PLR0913, PLR0915, PLR0917, RET505
+# ruff: noqa: ANN001, ANN202, E741, PLR0913, PLR0917, RET505
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of `trtkit.kernels.matmul` for weights with a scale for each group of inputs: packed INT4, and int8.
 
@@ -202,10 +202,7 @@ def _grouped(
         for part in tl.static_range(BI // CHUNK):
             at = step * BI + part * CHUNK
             begin = weights + step * (BI // FOURTHS) + part * LANES
-            if EVEN:
-                bits = tl.load(begin, eviction_policy="evict_first")
-            else:
-                bits = tl.load(begin, mask=(at + inputs < I)[None, :], other=0, eviction_policy="evict_first")
+            bits = _stored(begin, (at + inputs < I)[None, :], EVEN)
             wanted = there if EVEN else there & (at + inputs < I)[None, :]
             for share in tl.static_range(CHUNK // GROUP):
                 index = part * (CHUNK // GROUP) + share
@@ -222,6 +219,15 @@ def _grouped(
         sums, last = _add_pieces(sums, partial, counters, tile, piece, pieces, BT, BO)
     if last:
         _store(sums, out + token.to(tl.int64)[:, None] * stride_out, there, channel, O, bias, HAS_BIAS)
+
+
+@triton.jit
+def _stored(pointers, inside, EVEN: tl.constexpr):
+    """Weights as they lie, each read once."""
+    if EVEN:
+        return tl.load(pointers, eviction_policy="evict_first")
+    else:
+        return tl.load(pointers, mask=inside, other=0, eviction_policy="evict_first")
 
 
 @triton.jit

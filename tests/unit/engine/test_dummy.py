@@ -149,6 +149,18 @@ def test_the_bundle_takes_the_same_overrides_as_one_with_weights(tmp_path: Path)
     assert events[-1].error is None
 
 
+def test_another_compute_type_leaves_the_groups_as_the_plan_has_them(tmp_path: Path) -> None:
+    model = replace(MODEL, hidden_size=256, intermediate_size=384, num_heads=32)
+    plan = _plan("int4")
+    plan = replace(plan, quant=replace(plan.quant, group_size=32), model=model)
+    in_plan, in_bf16 = (
+        open_embedded(_bundle(tmp_path, plan), device="cpu", dtype=dtype).info.weight_bytes
+        for dtype in (None, DType.BF16)
+    )
+    halved = weight_bytes(model, replace(plan.quant, compute=DType.BF16, activations=DType.BF16))
+    assert (in_plan, in_bf16) == (weight_bytes(model, plan.quant), halved)
+
+
 def test_random_weights_larger_than_memory_are_refused_before_they_are_made(tmp_path: Path) -> None:
     plan = replace(_plan("int8"), model=replace(MODEL, vocab_size=1 << 40))
     with pytest.raises(CapacityError, match=r"random weights of tiny take .* free"):
