@@ -8,8 +8,10 @@
 # what time is left and is ended when it is over; records are written as they come, so a killed call leaves what was done.
 # OUT_DIR gets at most eight flat files: probe.json selfcheck.json kernels.json llama70b.json h2o.json peers.json
 # summary.txt one_call.log. --rehearse runs the same stages on a CPU with tiny shapes and gives no rates.
+# TRITON_CACHE_DIR=FOLDER keeps compiled kernels there for the next call; one that cannot be written is told and not used.
 # Exit: 0 if INT8's first cell is there, or, without the core stage, every asked stage's record; 1 otherwise.
 set -u -o pipefail
+SECONDS=0
 
 usage() { sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
 
@@ -31,36 +33,6 @@ if [ -z "$stages" ]; then
 fi
 case "$limit_s" in "" | *[!0-9]*) echo "one_call.sh: --limit-s is '$limit_s', expected whole seconds" >&2; exit 2 ;; esac
 
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-mkdir -p "$out" || exit 2
-out="$(cd "$out" && pwd)"
-log="$out/one_call.log"
-scratch="$(mktemp -d)"
-child=""
-end_child() { if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null; wait "$child" 2>/dev/null; child=""; fi; }
-finish() {
-  end_child
-  python3 "$here/summary.py" "$out" --stages "$stages" >"$out/summary.txt"
-  status=$?
-  # Every derived number again from the raw samples, by other arithmetic.
-  python3 "$here/recompute.py" "$out" >"$scratch/recomputed" 2>&1
-  echo "== recompute: exit $?" | tee -a "$log"
-  tail -n 40 "$scratch/recomputed" >>"$log"
-  cat "$out/summary.txt"
-  rm -rf "$scratch"
-  exit "$status"
-}
-trap finish TERM INT
-
-PYTHONPATH="$(python3 "$here/sources.py" "$scratch/path")" || exit 2
-export PYTHONPATH
-export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# A rehearsal's products are tiny; more threads only wait for each other.
-[ -z "$rehearse" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Compiled kernels serve the later stages; a folder given by whoever calls serves the next call on this machine as well.
-export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
-export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
-
 # How the time left is shared among the stages still to come.
 weight_of() {
   case "$1" in
@@ -68,6 +40,53 @@ weight_of() {
     levers) echo 20 ;; peers) echo 12 ;; *) echo 0 ;;
   esac
 }
+IFS=, read -r -a asked <<<"$stages"
+for stage in "${asked[@]}"; do
+  [ "$(weight_of "$stage")" -gt 0 ] || { echo "one_call.sh: unknown stage '$stage'" >&2; exit 2; }
+done
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+mkdir -p "$out" || exit 2
+out="$(cd "$out" && pwd)"
+log="$out/one_call.log"
+scratch="$(mktemp -d)"
+trap 'rm -rf "$scratch"' EXIT
+# The shell's own list of jobs: a signal may come before a job's id could be kept in a variable.
+end_children() {
+  for job in $(jobs -p); do kill -TERM "$job" 2>/dev/null; done
+  wait
+}
+finish() {
+  # What sends one signal often sends a second, to everybody; the table and the log are written all the same.
+  trap '' TERM INT HUP
+  end_children
+  rm -f "$out"/.*.json.*.tmp  # of a writer that was killed
+  timeout --kill-after=5 60 python3 "$here/summary.py" "$out" --stages "$stages" >"$out/summary.txt"
+  status=$?
+  # Every derived number again from the raw samples, by other arithmetic.
+  timeout --kill-after=5 60 python3 "$here/recompute.py" "$out" >"$scratch/recomputed" 2>&1
+  echo "== recompute: exit $?" | tee -a "$log"
+  tail -n 40 "$scratch/recomputed" >>"$log"
+  cat "$out/summary.txt"
+  exit "$status"
+}
+trap finish TERM INT HUP
+: >"$log"
+
+PYTHONPATH="$(python3 "$here/sources.py" "$scratch/path")" || exit 2
+export PYTHONPATH
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# A rehearsal's products are tiny; more threads only wait for each other.
+[ -z "$rehearse" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Compiled kernels serve the later stages; a folder given by whoever calls serves the next call on this machine as well.
+writable() { mkdir -p "$1" 2>/dev/null && probe="$(mktemp -p "$1" 2>/dev/null)" && rm -f "$probe"; }
+if [ -n "${TRITON_CACHE_DIR:-}" ] && ! writable "$TRITON_CACHE_DIR"; then
+  echo "== TRITON_CACHE_DIR: '$TRITON_CACHE_DIR' cannot be written; compiled kernels go to a temporary folder" | tee -a "$log"
+  TRITON_CACHE_DIR=""
+fi
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$scratch/triton}"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$scratch/inductor}"
+
 command_of() {
   case "$1" in
     probe) command=("$here/probe.py" --out "$out/probe.json") ;;
@@ -81,13 +100,16 @@ command_of() {
   esac
 }
 
-IFS=, read -r -a asked <<<"$stages"
-for stage in "${asked[@]}"; do
-  [ "$(weight_of "$stage")" -gt 0 ] || { echo "one_call.sh: unknown stage '$stage'" >&2; exit 2; }
-done
+# run SECONDS COMMAND...: into the log; `wait` is what a signal may interrupt.
+run() {
+  timeout --signal=TERM --kill-after=8 "$@" >>"$log" 2>&1 &
+  wait "$!"
+}
 
-: >"$log"
-SECONDS=0
+# On a fresh machine the first import reads gigabytes from a slow disk. All stages share that time, not the first alone.
+warming='import torch, triton; torch.cuda.is_available() and torch.zeros(1, device="cuda")'
+run "$((limit_s / 4 + 1))" python3 -c "$warming" || echo "== imports: exit $?" | tee -a "$log"
+echo "== imports: $SECONDS s" | tee -a "$log"
 for index in "${!asked[@]}"; do
   stage="${asked[$index]}"
   total=0
@@ -102,12 +124,8 @@ for index in "${!asked[@]}"; do
   began=$SECONDS
   inner=$((share > 20 ? share - 8 : share))
   command_of "$stage"
-  timeout --signal=TERM --kill-after=8 "$share" python3 "${command[@]}" --time-limit-s "$inner" $rehearse \
-    >>"$log" 2>&1 &
-  child=$!
-  wait "$child"
+  run "$share" python3 "${command[@]}" --time-limit-s "$inner" $rehearse
   status=$?
-  child=""
   # What was ended by force may hold its memory on the card for a moment longer.
   if [ "$status" -ge 124 ]; then sleep 3; fi
   echo "== $stage: exit $status after $((SECONDS - began)) s" | tee -a "$log"
