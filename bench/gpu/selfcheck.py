@@ -1,8 +1,9 @@
 """Every kernel against float64 on this device: what an engine does when it opens, with the answers written down.
 
-    python3 bench/gpu/selfcheck.py --out selfcheck.json [--time-limit-s 60] [--rehearse]
+    python3 bench/gpu/selfcheck.py --out selfcheck.json [--time-limit-s 60] [--thorough] [--rehearse]
 
-Once for each set of types that the rows of llama70b.py use. Compiled kernels stay in TRITON_CACHE_DIR for the stages that
+Once for each set of types that the rows of llama70b.py use; --thorough adds other models' shapes and odd ones, which switch
+nothing off. The record is written after each family of kernels. Compiled kernels stay in TRITON_CACHE_DIR for the stages that
 follow. A kernel that destroys the CUDA context makes everything after it fail: then each family is tried again in a process
 of its own, and `--fatal RECORD` prints the families to switch off (TRTKIT_KERNELS_OFF) before anything else runs.
 --rehearse checks the torch twins on a CPU at tiny sizes.
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +49,8 @@ TYPES = {
     },
 }  # fmt: skip
 """Weights and computation, and the cache where it is another type; most important first."""
+ODD = "odd shapes"
+"""What --thorough adds, where the others have the name of their types."""
 TINY = {
     "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 256,
     "tokens_per_block": 8, "max_tokens": 64,
@@ -124,12 +127,17 @@ def _dead(types: str, family: str, why: str) -> Row:
     return Row(types=types, check=row)
 
 
-def in_this_process(device: torch.device, types: str, families: Sequence[str], *, rehearse: bool) -> tuple[Row, ...]:
-    """Rows of some families."""
-    shape = CheckShape(**TYPES[types], **(TINY if rehearse else {}))  # type: ignore[arg-type]
+def in_this_process(
+    device: torch.device, types: str, families: Sequence[str], *, rehearse: bool, limit_s: float = 60.0
+) -> tuple[Row, ...]:
+    """Rows of some families. No odd shape is begun after `limit_s`."""
+    kinds = TYPES[next(iter(TYPES)) if types == ODD else types]
+    shape = CheckShape(**kinds, **(TINY if rehearse else {}))  # type: ignore[arg-type]
     with torch.inference_mode():
-        found = self_check(device, shape, families=families)
-    return tuple(Row(types=types, check=finite(row)) for row in found)
+        found = self_check(device, shape, families=families, thorough=types == ODD, limit_s=limit_s)
+    # The plain ones come with the odd ones, and were told under their own types.
+    wanted = [row for row in found if row.name.startswith(ODD)] if types == ODD else found
+    return tuple(Row(types=types, check=finite(row)) for row in wanted)
 
 
 def each_alone(types: str, *, rehearse: bool, deadline_s: float) -> Iterator[tuple[str, tuple[Row, ...], bool]]:
@@ -140,24 +148,54 @@ def each_alone(types: str, *, rehearse: bool, deadline_s: float) -> Iterator[tup
             yield family, *alone(types, family, rehearse=rehearse, limit_s=left_s)
 
 
-def check_types(device: torch.device, types: str, record: SelfcheckRecord, *, deadline_s: float) -> SelfcheckRecord:
-    """The record with the rows of one set of types. Once the context is lost, families run alone."""
-    rehearse = record.rehearsal
+def check_types(
+    device: torch.device,
+    types: str,
+    record: SelfcheckRecord,
+    *,
+    deadline_s: float,
+    saved: Callable[[SelfcheckRecord], None] = lambda _record: None,
+) -> SelfcheckRecord:
+    """The record with the rows of one set of types, `saved` after each family. Once the context is lost, families run alone."""
     if not record.fatal:
-        found = in_this_process(device, types, FAMILIES, rehearse=rehearse)
-        if not context_lost(device):
-            return replace(record, rows=(*record.rows, *found), fallen={**(record.fallen or {}), **disabled()})
+        whole, lost = _together(device, types, record, deadline_s, saved)
+        if not lost:
+            return whole
         for family in disabled():
             enable(family)
-    rows, fallen, fatal = list(record.rows), dict(record.fallen or {}), list(record.fatal)
-    for family, found, lost in each_alone(types, rehearse=rehearse, deadline_s=deadline_s):
-        rows += found
+    for family, found, lost in each_alone(types, rehearse=record.rehearsal, deadline_s=deadline_s):
+        fallen, fatal = dict(record.fallen or {}), list(record.fatal)
         for row in found:
-            if not row.check.ok:
+            # A shape that no engine here runs is told, and switches nothing off.
+            if not row.check.ok and types != ODD:
                 fallen.setdefault(family, row.check.message)
-        if lost and family not in fatal:
+        if lost and types != ODD and family not in fatal:
             fatal.append(family)
-    return replace(record, rows=tuple(rows), fallen=fallen, fatal=tuple(fatal))
+        record = replace(record, rows=(*record.rows, *found), fallen=fallen, fatal=tuple(fatal))
+        saved(record)
+    return record
+
+
+def _together(
+    device: torch.device,
+    types: str,
+    record: SelfcheckRecord,
+    deadline_s: float,
+    saved: Callable[[SelfcheckRecord], None],
+) -> tuple[SelfcheckRecord, bool]:
+    """The record with the rows of every family, all in this process, and whether one took the context with it."""
+    left = list(FAMILIES)
+    while left and time.monotonic() < deadline_s:
+        limit_s = deadline_s - time.monotonic()
+        found = in_this_process(device, types, (left.pop(0),), rehearse=record.rehearsal, limit_s=limit_s)
+        if context_lost(device):
+            return record, True
+        record = replace(record, rows=(*record.rows, *found), fallen={**(record.fallen or {}), **disabled()})
+        saved(record)
+    if left:
+        what = types if len(left) == len(FAMILIES) else f"{types}: {', '.join(left)}"
+        record = replace(record, not_run=(*record.not_run, what))
+    return record, False
 
 
 def print_fatal(path: Path) -> int:
@@ -170,8 +208,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the record to write")
     parser.add_argument("--fatal", type=Path, metavar="RECORD", help="print what to switch off, and do nothing else")
-    parser.add_argument("--types", choices=list(TYPES), help="only this set of types")
+    parser.add_argument("--types", choices=[*TYPES, ODD], help="only this set of types")
     parser.add_argument("--family", choices=FAMILIES, help="only this family of kernels")
+    parser.add_argument("--thorough", action="store_true", help="other models' shapes and odd ones as well, last")
     parser.add_argument("--time-limit-s", type=float, default=60.0)
     parser.add_argument("--rehearse", action="store_true", help="the twins on a CPU, tiny")
     args = parser.parse_args()
@@ -193,22 +232,20 @@ def main() -> int:
         write_record(args.out, KIND, replace(record, rows=rows, fallen=dict(disabled()), fatal=lost))
         return 0
     limit_s = args.time_limit_s - (time.monotonic() - began_s())
-    return run(args.out, record, device, [args.types] if args.types else list(TYPES), limit_s)
+    wanted = [args.types] if args.types else [*TYPES, *([ODD] if args.thorough else [])]
+    return run(args.out, record, device, wanted, limit_s)
 
 
 def run(out: Path, record: SelfcheckRecord, device: torch.device, wanted: Sequence[str], limit_s: float) -> int:
-    """Every wanted set of types while time lasts; the record is written after each."""
-    started, longest_s = time.monotonic(), 0.0
+    """Every wanted set of types while time lasts; the record is written after each family."""
+
+    def saved(found: SelfcheckRecord) -> None:
+        write_record(out, KIND, replace(found, lines=lines_of(found)))
+
+    deadline_s = time.monotonic() + limit_s
     for name in wanted:
-        began = time.monotonic()
-        if limit_s - (began - started) < longest_s:
-            record = replace(record, not_run=(*record.not_run, name))
-            continue
-        record = check_types(device, name, record, deadline_s=started + limit_s)
-        longest_s = max(longest_s, time.monotonic() - began)
-        record = replace(record, lines=lines_of(record))
-        write_record(out, KIND, record)
-    write_record(out, KIND, replace(record, lines=lines_of(record)))
+        record = check_types(device, name, record, deadline_s=deadline_s, saved=saved)
+    saved(record)
     print("\n".join(lines_of(record)))
     return 0
 

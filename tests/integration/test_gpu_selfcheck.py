@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from bench.gpu import selfcheck
 from bench.gpu.selfcheck import KIND, TYPES, Row, SelfcheckRecord, alone, check_types, print_fatal
 from trtkit.kernels.dispatch import FAMILIES, disabled
 from trtkit.kernels.selfcheck import CheckRow
-from trtkit.spec.codec import write_record
+from trtkit.spec.codec import read_record, write_record
 
 CPU = torch.device("cpu")
 FIRST = next(iter(TYPES))
@@ -56,6 +57,47 @@ def test_after_a_lost_context_each_family_is_tried_alone_and_the_culprit_is_name
     record = check_types(CPU, second, record, deadline_s=float("inf"))
     assert asked == [f"{types} {family}" for types in (FIRST, second) for family in FAMILIES]
     assert "lost the CUDA context, switched off from here on: decode" in selfcheck.lines_of(record)
+
+
+def test_a_call_that_is_killed_keeps_the_families_that_were_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def until_killed(_device: torch.device, types: str, families: tuple[str, ...], **_: object) -> tuple[Row, ...]:
+        if (types, families) == (FIRST, ("sampling",)):
+            raise KeyboardInterrupt
+        return tuple(row(family, ok=True) for family in families)
+
+    monkeypatch.setattr(selfcheck, "in_this_process", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        selfcheck.run(tmp_path / "selfcheck.json", EMPTY, CPU, list(TYPES), 60.0)
+    kept = read_record(tmp_path / "selfcheck.json", KIND, SelfcheckRecord)
+    assert [found.check.family for found in kept.rows] == list(FAMILIES[: FAMILIES.index("sampling")])
+    assert kept.lines[0].startswith(f"{len(kept.rows)} of {len(kept.rows)} checks right")
+
+
+def test_what_no_time_is_left_for_is_listed(tmp_path: Path):
+    selfcheck.run(tmp_path / "selfcheck.json", EMPTY, CPU, list(TYPES), 0.0)
+    kept = read_record(tmp_path / "selfcheck.json", KIND, SelfcheckRecord)
+    assert (kept.rows, kept.not_run) == ((), tuple(TYPES))
+
+
+def test_odd_shapes_are_told_apart_and_switch_nothing_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = selfcheck.in_this_process(CPU, selfcheck.ODD, ("ranking", "score"), rehearse=True)
+    assert rows
+    assert all(found.types == selfcheck.ODD and found.check.name.startswith("odd shapes") for found in rows)
+    monkeypatch.setattr(selfcheck, "in_this_process", lambda *_, **__: ())
+    monkeypatch.setattr(selfcheck, "context_lost", lambda _: True)
+    monkeypatch.setattr(selfcheck, "alone", lambda _types, family, **_: ((row(family, ok=False),), True))
+    record = check_types(CPU, selfcheck.ODD, EMPTY, deadline_s=float("inf"))
+    assert len(record.rows) == len(FAMILIES)
+    assert (record.fatal, record.fallen) == ((), {})
+
+
+def test_the_thorough_call_checks_odd_shapes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[list[str]] = []
+    monkeypatch.setattr(selfcheck, "run", lambda _out, _record, _device, wanted, _limit_s: asked.append(wanted) or 0)
+    for more in ([], ["--thorough"]):
+        monkeypatch.setattr(sys, "argv", ["selfcheck.py", "--out", str(tmp_path / "x"), "--rehearse", *more])
+        selfcheck.main()
+    assert asked == [list(TYPES), [*TYPES, selfcheck.ODD]]
 
 
 def test_a_whole_context_needs_no_second_process(monkeypatch: pytest.MonkeyPatch):
