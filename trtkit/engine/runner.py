@@ -145,16 +145,17 @@ class ModelRunner:
         """Run a step to its end."""
         batch, hidden_TE = self.run(step.rows, step.new_blocks)
         drawn = [
-            (last - row.drafts + place, draw.later(place))
+            (last - row.drafts + place, draw.later(place), guess)
             for row, last, draw in zip(step.rows, batch.last_tokens, step.draws, strict=True)
             if draw is not None
-            for place in range(1 + row.drafts)
+            for place, guess in enumerate((None, *row.token_ids[len(row.token_ids) - row.drafts :]))
         ]
         if not drawn:
             return Ready(tokens=[])
-        logits_RV = self.logits(hidden_TE, [token for token, _ in drawn])
-        draws = [draw for _, draw in drawn]
-        return Ready(tokens=sample(logits_RV, [d.how for d in draws], [(d.seed, d.index) for d in draws]))
+        logits_RV = self.logits(hidden_TE, [token for token, _, _ in drawn])
+        draws = [draw for _, draw, _ in drawn]
+        guesses = [guess for _, _, guess in drawn]
+        return Ready(tokens=sample(logits_RV, [d.how for d in draws], [(d.seed, d.index) for d in draws], guesses))
 
     def collect(self, launched: Ready) -> list[int]:
         """The step's tokens, in the order of the rows that draw."""

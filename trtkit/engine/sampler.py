@@ -18,18 +18,28 @@ NOT_A_NUMBER = -1
 """Stands for a token where the logits hold NaN or infinity."""
 
 
-def sample(logits_RV: Tensor, sampling: Sequence[Sampling], draws: Sequence[tuple[int, int]]) -> list[int]:
+def sample(
+    logits_RV: Tensor,
+    sampling: Sequence[Sampling],
+    draws: Sequence[tuple[int, int]],
+    guesses: Sequence[int | None] | None = None,
+) -> list[int]:
     """One token per row, or `NOT_A_NUMBER`.
 
     Args:
         logits_RV: [rows, vocabulary].
         sampling: how each row is sampled; temperature 0 takes the first of the largest logits.
         draws: (seed, index of the token) of each row.
+        guesses: the token that a row was fed as a guess of what the row before it draws, None where it was no guess.
+            After a wrong guess nobody asks for a row's token: it is whatever costs least.
     """
     best = logits_RV.max(dim=-1)
     tokens: list[int] = torch.where(best.values.isfinite(), best.indices, NOT_A_NUMBER).tolist()
+    wanted = True
     for row, (how, (seed, index)) in enumerate(zip(sampling, draws, strict=True)):
-        if how.temperature > 0 and tokens[row] != NOT_A_NUMBER:
+        guess = None if guesses is None else guesses[row]
+        wanted = guess is None or (wanted and tokens[row - 1] == guess)
+        if wanted and how.temperature > 0 and tokens[row] != NOT_A_NUMBER:
             tokens[row] = _draw(logits_RV[row], how, uniform(seed, index))
     return tokens
 

@@ -52,6 +52,11 @@ class SpeculationSpec:
         return f"{self.kind}:{self.max_draft_tokens}{match}{'' if self.adaptive else ',adaptive=no'}"
 
 
+def decode_rows(max_batch_size: int, draft_tokens: int) -> int:
+    """Rows of the largest decode step: a full batch with its guesses, at most 64 unless the batch itself is larger."""
+    return max(max_batch_size, min(MOST_DRAFT_TOKENS + 1, max_batch_size * (1 + draft_tokens)))
+
+
 def speculation_label(spec: SpeculationSpec | None) -> str:
     """The spelling of a plan's speculation: `off` where there is none."""
     return OFF if spec is None else spec.label

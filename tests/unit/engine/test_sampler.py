@@ -52,6 +52,28 @@ def test_a_draw_depends_on_seed_and_index_alone() -> None:
     assert uniform(3, 5) != uniform(5, 3)
 
 
+def test_nothing_is_drawn_after_a_wrong_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    how, indices = Sampling(temperature=1.0), [0, 1, 2, 3, 0, 1]
+    draws = [(7, index) for index in indices]
+    rows = LOGITS.expand(6, -1)
+    every = sample(rows, [how] * 6, draws)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "trtkit.engine.sampler.uniform", lambda seed, index: asked.append(index) or uniform(seed, index)
+    )
+    guesses = [None, every[0], every[1] + 1, every[2], None, every[4]]
+    found = sample(rows, [how] * 6, draws, guesses)
+    assert asked == [0, 1, 0, 1], "the third token was fed a wrong guess, and the fourth came after it"
+    assert [found[row] for row in (0, 1, 4, 5)] == [every[row] for row in (0, 1, 4, 5)]
+
+
+def test_a_spoilt_row_after_a_wrong_guess_is_still_told() -> None:
+    rows = torch.cat([LOGITS, LOGITS.new_full((1, 4), float("nan"))])
+    how = [Sampling(temperature=1.0)] * 2
+    (first,) = sample(LOGITS, how[:1], [(7, 0)])
+    assert sample(rows, how, [(7, 0), (7, 1)], [None, first + 1]) == [first, NOT_A_NUMBER]
+
+
 def test_fresh_seeds_differ() -> None:
     assert fresh_seed() != fresh_seed()
 

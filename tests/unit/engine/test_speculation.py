@@ -19,14 +19,14 @@ from trtkit.engine.open import open_tensors
 from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.scheduler import Scheduler, Step
 from trtkit.engine.sequence import Sequence
-from trtkit.engine.speculation import NgramIndex, NgramProposer, Speculator, decode_rows
+from trtkit.engine.speculation import NgramIndex, NgramProposer, Speculator
 from trtkit.engine.step import Draw, StepInput, one_by_one
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import FinishReason, KVStats, Request, Sampling, TokenEvent
 from trtkit.spec.errors import UsageError
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
 from trtkit.spec.plan import Limits
-from trtkit.spec.speculation import SpeculationSpec
+from trtkit.spec.speculation import SpeculationSpec, decode_rows
 
 FOUR = SpeculationSpec(max_draft_tokens=4, adaptive=False)
 PROMPT = (5, 6, 7)

@@ -30,7 +30,6 @@ from trtkit.engine.paged_cache import PagedCache
 from trtkit.engine.rope import RopeTable
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
-from trtkit.engine.speculation import decode_rows
 from trtkit.engine.step import Draw, StepInput, one_by_one
 from trtkit.engine.weights import Linear, ModelWeights
 from trtkit.kernels.dispatch import disabled, num_multiprocessors
@@ -39,6 +38,7 @@ from trtkit.kernels.sampling import greedy
 from trtkit.spec.errors import UnsupportedError
 from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.plan import Limits
+from trtkit.spec.speculation import decode_rows
 
 DeviceObserverFactory = Callable[[PagedCache, Scheduler], DeviceEviction]
 

@@ -16,7 +16,6 @@ from trtkit.engine.paged_cache import PagedCache, torch_dtype
 from trtkit.engine.runner import RunnerFactory
 from trtkit.engine.scheduler import Scheduler
 from trtkit.engine.sequence import Sequence, blocks_for
-from trtkit.engine.speculation import decode_rows
 from trtkit.engine.weights import ModelWeights
 from trtkit.kernels.sampling import sample_rows
 from trtkit.kernels.tuning import forget_choices
@@ -27,7 +26,7 @@ from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits
 from trtkit.spec.quant import QuantSpec
-from trtkit.spec.speculation import SpeculationSpec
+from trtkit.spec.speculation import SpeculationSpec, decode_rows
 
 _SAMPLING_BYTES = 48
 """Peak of drawing a token, per logit: sorted values and ids, probabilities and their sums in float64 (counted)."""
