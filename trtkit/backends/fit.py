@@ -76,6 +76,7 @@ def _placement(plan: BuildPlan) -> Placement:
         parallel=Parallelism() if plan.target == "embedded" else plan.parallel,
         limits=plan.limits,
         target=plan.target,
+        speculation=plan.speculation,
     )
 
 

@@ -132,6 +132,7 @@ def _placement_of(plan: BuildPlan, flags: PlanFlags) -> tuple[Placement, Precisi
         parallel=parallel,
         limits=plan.limits,
         target=plan.target,
+        speculation=plan.speculation,
     )
     return placement, replace(precision_from(plan.quant.precision), quant=plan.quant)
 

@@ -25,17 +25,17 @@ _PIECE_ON_GPU, _PIECE_ON_CPU = (256, 8), (32, 32)
 """Tokens of a prompt between two evictions: at least so many, or that share of a larger budget."""
 
 
-def activation_bytes(model: ModelSpec, quant: QuantSpec, limits: Limits) -> int:
-    """Live tensors of the widest moment of one step of `max_num_tokens` tokens, and the logits of a full batch.
+def activation_bytes(model: ModelSpec, quant: QuantSpec, limits: Limits, drawn_rows: int) -> int:
+    """Live tensors of the widest moment of one step of `max_num_tokens` tokens, and the logits of `drawn_rows` positions.
 
     In a block's MLP: residual, normed input, gate and up, and their product; in its attention: residual, normed input,
-    q/k/v, rotated queries and their output. The larger counts, or drawing a token for every place of the batch.
+    q/k/v, rotated queries and their output. The larger counts, or drawing a token at each of these.
     """
     hidden, heads = model.hidden_size, model.num_heads * model.head_dim
     mlp = 2 * hidden + 3 * model.intermediate_size
     attention = 2 * hidden + heads + 2 * model.num_kv_heads * model.head_dim + 2 * heads
     step = limits.max_num_tokens * max(mlp, attention) * quant.compute.bits // 8
-    logits = limits.max_batch_size * model.vocab_size
+    logits = drawn_rows * model.vocab_size
     return max(step + logits * _LOGIT_BYTES, logits * _SAMPLING_BYTES)
 
 

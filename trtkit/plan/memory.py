@@ -17,6 +17,7 @@ from trtkit.spec.kv import KVPolicySpec
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import Limits, Parallelism
 from trtkit.spec.quant import QuantSpec, quant_for
+from trtkit.spec.speculation import SpeculationSpec, decode_rows
 from trtkit.spec.units import GB, MIB, format_gib
 
 _ACTIVATION_FACTORS = ((1, 11.0), (2, 6.5), (4, 5.0))
@@ -73,6 +74,15 @@ class Placement:
     parallel: Parallelism
     limits: Limits
     target: str = "tensorrt"
+    speculation: SpeculationSpec | None = None
+
+    @property
+    def drawn_rows(self) -> int:
+        """Tokens that a step draws at most: one for each request, and one after each guess."""
+        most, drafts = self.limits.max_batch_size, 0 if self.speculation is None else self.speculation.max_draft_tokens
+        if self.is_embedded_on_gpu:
+            return decode_rows(most, drafts)
+        return max(most, min(self.limits.max_num_tokens, most * (1 + drafts)))
 
     @property
     def held_quant(self) -> QuantSpec:
@@ -94,13 +104,13 @@ def rank_block_bytes(placement: Placement) -> int:
 
 
 def activation_bytes(placement: Placement) -> int:
-    """Working memory of one step of `max_num_tokens` tokens, and the logits of `max_batch_size` positions (modeled)."""
+    """Working memory of one step of `max_num_tokens` tokens, and the logits of every position that draws (modeled)."""
     if placement.is_embedded_on_gpu:
-        return embedded.activation_bytes(placement.model, placement.quant, placement.limits)
+        return embedded.activation_bytes(placement.model, placement.quant, placement.limits, placement.drawn_rows)
     tp, limits, model = placement.parallel.tp, placement.limits, placement.model
     factor = [value for ranks, value in _ACTIVATION_FACTORS if ranks <= tp][-1]
     hidden = limits.max_num_tokens * model.hidden_size * placement.quant.compute.bits // 8
-    logits = limits.max_batch_size * model.vocab_size * _LOGIT_BYTES
+    logits = placement.drawn_rows * model.vocab_size * _LOGIT_BYTES
     return max(int(factor * hidden), _MIN_ACTIVATION_BYTES) + logits
 
 

@@ -34,6 +34,7 @@ from trtkit.spec.errors import (
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
 from trtkit.spec.quant import quant_for
+from trtkit.spec.speculation import SpeculationSpec
 
 RECIPES = Path(__file__).parents[3] / "builds" / "recipes"
 
@@ -127,6 +128,15 @@ def test_a_rank_holds_its_share_of_weights_and_heads() -> None:
     found = sizes(big_plan(parallel=Parallelism(tp=2)))
     assert (found.devices, found.kv_bytes_per_token) == (2, 163_840)
     assert found.weight_bytes == pytest.approx(70_553_706_496, rel=1e-3)
+
+
+def test_guesses_are_counted_in_what_a_build_needs_to_work() -> None:
+    limits = Limits(max_batch_size=8, max_num_tokens=64)
+    plain, guessing = (
+        sizes(big_plan(target="embedded", limits=limits, speculation=speculation))
+        for speculation in (None, SpeculationSpec(max_draft_tokens=4))
+    )
+    assert guessing.working_bytes - plain.working_bytes == 32 * big_plan().model.vocab_size * 48
 
 
 def test_a_context_that_would_fit_is_offered() -> None:

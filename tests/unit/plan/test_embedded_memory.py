@@ -15,6 +15,7 @@ from trtkit.spec.catalog import gpu_spec, model_preset
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import Limits, Parallelism
 from trtkit.spec.quant import quant_for
+from trtkit.spec.speculation import SpeculationSpec
 
 MIB = 1 << 20
 
@@ -42,6 +43,16 @@ def test_activations_are_the_mlps_widest_moment_and_a_batch_of_logits() -> None:
 
 def test_drawing_tokens_counts_where_steps_are_short() -> None:
     assert layout(max_batch_size=64, max_num_tokens=64).activation_bytes == 64 * 128256 * 48
+
+
+def test_every_guess_draws_a_token_up_to_64_rows() -> None:
+    plain = replace(placement(max_batch_size=8), limits=Limits(max_batch_size=8, max_num_tokens=64))
+    guessing = replace(plain, speculation=SpeculationSpec(max_draft_tokens=4))
+    more = replace(plain, speculation=SpeculationSpec(max_draft_tokens=9))
+    assert [plan_memory(asked).activation_bytes for asked in (plain, guessing, more)] == [
+        rows * 128256 * 48 for rows in (8, 40, 64)
+    ]
+    assert plan_memory(guessing).kv_pool_bytes < plan_memory(plain).kv_pool_bytes
 
 
 def test_widened_weights_need_room_only_where_weights_are_narrower() -> None:

@@ -8,6 +8,7 @@ from trtkit.spec.checkpoint import checkpoint_tensors
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import Limits, Parallelism
 from trtkit.spec.quant import quant_for
+from trtkit.spec.speculation import SpeculationSpec
 
 
 def placement(gpu="h100", precision="int8", tp=1, kv="full", **limits):
@@ -69,6 +70,19 @@ def test_half_the_cache_admits_almost_twice_the_requests():
 def test_a_longer_step_needs_more_activations():
     short = placement(max_num_tokens=2048)
     assert activation_bytes(replace(short, limits=Limits(max_num_tokens=16384))) > 3 * activation_bytes(short)
+
+
+def test_guesses_need_logits_of_their_own_within_a_step():
+    plain = placement(max_num_tokens=100, max_batch_size=30)
+    rows = [
+        (
+            activation_bytes(replace(plain, speculation=SpeculationSpec(max_draft_tokens=drafts)))
+            - activation_bytes(plain)
+        )
+        / (plain.model.vocab_size * 4)
+        for drafts in (1, 2, 3)
+    ]
+    assert rows == [30, 60, 70]
 
 
 def test_the_lines_say_what_is_exact_and_what_is_modeled():
