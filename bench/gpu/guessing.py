@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trtkit.backends import open_here
-from trtkit.engine.loop import EmbeddedEngine
+from trtkit.spec.bundle import open_bundle
+from trtkit.spec.engine import Engine
 from trtkit.spec.errors import UsageError
 
 _STRIDE = 7919
@@ -34,16 +35,15 @@ class Wrong:
         """Nothing is kept."""
 
 
-def open_guessing(path: str | Path, /, **overrides: object) -> EmbeddedEngine:
+def open_guessing(path: str | Path, /, **overrides: object) -> Engine:
     """Opener for a child process: the bundle's engine with `Wrong` in place of n-grams.
 
     Raises:
         UsageError: the bundle's plan does not speculate.
     """
-    engine = open_here(path, **overrides)
-    assert isinstance(engine, EmbeddedEngine), "bundles of this benchmark are embedded ones"
-    speculator = engine._speculator
-    if speculator is None:
+    vocab_size = open_bundle(Path(path)).manifest.plan.model.vocab_size
+    engine = open_here(path, proposer=Wrong(vocab_size), **overrides)
+    if engine.info.speculation is None:
+        engine.close()
         raise UsageError(f"{path}: its plan does not speculate, so there is nothing to guess; use the default opener")
-    speculator._proposer = Wrong(engine.info.vocab_size)
     return engine

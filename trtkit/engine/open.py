@@ -54,6 +54,7 @@ def open_embedded(  # noqa: PLR0913 - what replaces the plan's values, all by ke
     *,
     kv: KVPolicySpec | str | None = None,
     speculation: SpeculationSpec | str | None = None,
+    proposer: Proposer | None = None,
     dtype: DType | str | None = None,
     kv_dtype: DType | str | None = None,
     device: str = AUTO,
@@ -66,6 +67,7 @@ def open_embedded(  # noqa: PLR0913 - what replaces the plan's values, all by ke
         bundle: the engine on disk; one of random weights has none, they are made here.
         kv: another KV policy.
         speculation: another speculation; "off" for none.
+        proposer: guesses in place of n-grams where there is speculation.
         dtype: another compute type; the cache takes it too, unless it was built narrower.
         kv_dtype: another cache type.
         device: "cpu", "cuda", "cuda:1"; "auto" is CUDA where the plan is for a GPU and one is here, else the CPU.
@@ -84,6 +86,7 @@ def open_embedded(  # noqa: PLR0913 - what replaces the plan's values, all by ke
         kv_dtype=_cache_type(plan.quant, compute, DType.parse(kv_dtype) if isinstance(kv_dtype, str) else kv_dtype),
         kv_policy=parse_kv_policy(kv) if isinstance(kv, str) else kv or plan.kv,
         speculation=parse_speculation(speculation) if isinstance(speculation, str) else speculation or plan.speculation,
+        proposer=proposer,
         device=chosen_device(device, plan.gpu),
         path=path,
     )
