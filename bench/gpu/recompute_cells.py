@@ -228,8 +228,8 @@ def _floors(found: Differences, where: str, cell: Json, result: Json, metrics: J
 
 
 def _tokens_per_step(repeats: list[Json]) -> float:
-    """Output tokens for each step of a request: an accepted guess saved one."""
-    written = sum(sample["output_tokens"] for repeat in repeats for sample in repeat["samples"])
+    """Tokens for each decode step of a request: an accepted guess saved one, and the first token came with the prompt."""
+    written = sum(max(sample["output_tokens"] - 1, 0) for repeat in repeats for sample in repeat["samples"])
     accepted = sum(repeat["kv"].get("accepted_tokens") or 0 for repeat in repeats)
     return written / max(written - accepted, 1)
 

@@ -28,7 +28,7 @@ from trtkit.spec.engine import Engine, Request
 from trtkit.spec.errors import CapacityError, EngineError, InputError, MeasurementError, TrtkitError
 from trtkit.spec.measured import Measured
 from trtkit.spec.progress import Progress, no_progress
-from trtkit.spec.result import BENCH_KIND, BenchResult, Check, Environment, Repeat, tokens_per_step
+from trtkit.spec.result import BENCH_KIND, BenchResult, Check, Environment, Repeat, tokens_per_decode_step
 from trtkit.spec.workload import Protocol, Workload
 
 Judge = Callable[[BenchResult], tuple[Check, ...]]
@@ -278,7 +278,7 @@ def assemble(cell: Cell, repeats: tuple[Repeat, ...], environment: Environment, 
         environment=environment,
         checks=bookkeeping_checks(repeats, cell.workload, lowered_kv(plan, cell.workload)),
         shares=shares(
-            plan, cell.workload, metrics, limits, requests_peak=peak or None, per_step=tokens_per_step(repeats)
+            plan, cell.workload, metrics, limits, requests_peak=peak or None, per_step=tokens_per_decode_step(repeats)
         ),
     )
 

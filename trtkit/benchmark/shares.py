@@ -40,7 +40,7 @@ def floor(
     have computed before counts for nothing in a prompt, and is read once for all.
     """
     context, reused = mean_context(plan, workload), workload.reusable_tokens(plan.limits)
-    step_bytes = decode_step_bytes(plan.model, plan.quant, [context, *[context - reused] * (batch - 1)])
+    step_bytes = decode_step_bytes(plan.model, plan.held_quant, [context, *[context - reused] * (batch - 1)])
     reading = read_limit(limits, step_bytes)
     prefill_s = prefill_floor_s(plan, limits, workload.isl, cached_tokens=reused)
     token_s = _multiply_s(plan, limits, 1, decode_flops(plan.model, context))
@@ -120,8 +120,8 @@ def shares(
 ) -> Mapping[str, Measured]:
     """Shares of the machine's limit for TTFT, TPOT and TPS, where they can be known.
 
-    `requests_peak` is how many requests the engine really ran at once, if fewer than asked. With speculation a step
-    gave `per_step` tokens a request on average, which limits TPS. One request may have been luckier, so its TPOT has no
+    `requests_peak` is how many requests the engine really ran at once, if fewer than asked. With speculation a decode
+    step gave `per_step` tokens a request on average, which limits TPS. One request may have been luckier, so its TPOT has no
     limit that is known.
     """
     batch = min(workload.concurrency or plan.limits.max_batch_size, plan.limits.max_batch_size)

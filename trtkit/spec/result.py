@@ -70,9 +70,19 @@ class Repeat:
 
 def tokens_per_step(repeats: Sequence[Repeat]) -> float | None:
     """Output tokens that a step gave each of its requests, on average: 1 without speculation; None if nobody tells."""
+    return _per_step(repeats, sum(sample.output_tokens for repeat in repeats for sample in repeat.samples))
+
+
+def tokens_per_decode_step(repeats: Sequence[Repeat]) -> float | None:
+    """The same of decode steps alone: a request's first token comes from its prompt's step, which guesses nothing."""
+    counts = (sample.output_tokens for repeat in repeats for sample in repeat.samples)
+    return _per_step(repeats, sum(max(count - 1, 0) for count in counts))
+
+
+def _per_step(repeats: Sequence[Repeat], written: int) -> float | None:
+    """`written` tokens by the steps that wrote them: each accepted guess saved one."""
     told = [repeat.kv.accepted_tokens for repeat in repeats]
     accepted = [tokens for tokens in told if tokens is not None]
-    written = sum(sample.output_tokens for repeat in repeats for sample in repeat.samples)
     if len(accepted) < len(told):
         return None
     return written / (written - sum(accepted)) if written > sum(accepted) else 1.0

@@ -22,7 +22,7 @@ from trtkit.spec.limits import READ_BYTES_S, matmul_key
 from trtkit.spec.measured import Measured, Source
 from trtkit.spec.plan import BuildPlan, Limits
 from trtkit.spec.quant import quant_for
-from trtkit.spec.result import tokens_per_step
+from trtkit.spec.result import tokens_per_decode_step, tokens_per_step
 from trtkit.spec.speculation import SpeculationSpec
 from trtkit.spec.workload import Workload
 
@@ -185,6 +185,26 @@ def test_with_speculation_tps_is_held_against_what_was_accepted_and_tpot_against
     assert set(guessed) == set(plain) - {"tpot_ms"}
     assert guessed["tps"].value == pytest.approx(plain["tps"].value / 1.5, rel=1e-3)
     assert set(shares(guessing, LOAD, metrics, limits(), per_step=None)) == {"ttft_ms"}
+
+
+def test_guessing_at_the_floor_is_a_share_of_one_though_the_prompts_step_guesses_nothing() -> None:
+    """Sixteen tokens: one from the prompt, fifteen from three steps that were right four times each."""
+    load, rates = replace(LOAD, osl=16), limits(multiply=1e15)
+    step_ms = floor(PLAN, load, rates, 1).step_s * 1e3
+    run = repeat(sample(ttft_ms=1e-6, gaps_ms=(step_ms, 0, 0, 0, 0) * 3), accepted_tokens=12)
+    assert tokens_per_decode_step([run]) == 5
+    guessing = replace(PLAN, speculation=SpeculationSpec(max_draft_tokens=4))
+    found = shares(guessing, load, compute_metrics([run], load), rates, per_step=tokens_per_decode_step([run]))
+    assert found["tps"].value == pytest.approx(1, rel=1e-3)
+
+
+def test_our_engines_floor_reads_what_it_holds_and_not_what_the_checkpoint_stores() -> None:
+    """GPTQ stores a zero point beside each scale; a symmetric one is not kept."""
+    quant = replace(quant_for("int8-gptq"), group_size=32)
+    ours = replace(PLAN, quant=quant)
+    held = decode_step_bytes(PLAN.model, quant.embedded, [5.5])
+    assert held < decode_step_bytes(PLAN.model, quant, [5.5])
+    assert floor(ours, LOAD, limits(multiply=1e15), 1).step_s == pytest.approx(held / 1e9)
 
 
 @pytest.mark.parametrize(
