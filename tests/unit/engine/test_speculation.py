@@ -286,9 +286,19 @@ def test_speculation_with_eviction_is_refused_in_one_line(opened: Any) -> None:
 
 
 def _poison(engine: EmbeddedEngine, token: int) -> EmbeddedEngine:
-    """Make everything of `token`, once it is fed, a NaN; no other token is any different. Weights may be shared."""
+    """Make everything of `token`, once it is fed, a NaN; no other token is any different. Weights may be shared.
+
+    A step that is asked again for ever fails.
+    """
     embedding = engine._runner.weights.embedding
     embedding[token] = float("nan")
+    launch, steps = engine._runner.launch, iter(range(50))
+
+    def counted(step: StepInput) -> Any:
+        assert next(steps, None) is not None, "these requests take 21 steps, and one more for a spoilt one"
+        return launch(step)
+
+    engine._runner.launch = counted  # type: ignore[method-assign]
     return engine
 
 
