@@ -18,6 +18,8 @@ from torch import Tensor
 _IN_REGISTERS = 8192
 _CHUNK = 2048
 _PER_THREAD = 16
+_LONG_ROW_REGISTERS = 80
+"""A thread's, where rows are read in chunks: left alone, the assembler stops at 64 and Triton 3.6's code spills."""
 
 
 def keep_best(scores: Tensor, positions: Tensor, num_tokens: int, *, tokens: int, sinks: int, recent: int) -> Tensor:
@@ -30,11 +32,13 @@ def keep_best(scores: Tensor, positions: Tensor, num_tokens: int, *, tokens: int
     if rows == 0 or tokens == 0:
         return kept
     chunk = triton.next_power_of_2(length) if length <= _IN_REGISTERS else _CHUNK
-    per_thread = _PER_THREAD if length <= chunk else _PER_THREAD // 2
+    short = length <= chunk
+    per_thread = _PER_THREAD if short else _PER_THREAD // 2
     _keep_best[(rows,)](
         scores, positions, kept, scores.stride(0), positions.stride(0),
         length, num_tokens - recent, sinks, tokens,
-        CHUNK=chunk, ONE_CHUNK=length <= chunk, num_warps=max(1, min(32, chunk // (32 * per_thread))),
+        CHUNK=chunk, ONE_CHUNK=short, num_warps=max(1, min(32, chunk // (32 * per_thread))),
+        maxnreg=None if short else _LONG_ROW_REGISTERS,
     )  # fmt: skip
     return kept
 
