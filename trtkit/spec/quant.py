@@ -13,6 +13,8 @@ GPTQ_INT8 = "W8A16_GPTQ"
 INT8_ROWS = "W8A16"
 INT4_GROUPS = "W4A16"
 MODELOPT_AWQ = "W4A16_AWQ"
+COMPUTED = (DType.FP32, DType.FP16, DType.BF16)
+"""Types that activations, norms and scales may have."""
 GROUPS = (128, 64, 32)
 """Input channels that may share a scale in the embedded engine, best first: larger groups are fewer bytes."""
 
@@ -96,10 +98,12 @@ def quant_for(precision: str, *, compute: DType | None = None, kv: DType | None 
     `compute` replaces the 16-bit type of a quantised scheme (a CPU may want fp32), `kv` the cache type.
 
     Raises:
-        UsageError: the name is not known.
+        UsageError: the name is not known, or nothing is computed in `compute`.
     """
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}: allowed are {', '.join(PRECISIONS)}")
+    if compute not in (None, *COMPUTED):
+        raise UsageError(f"compute type {compute.value}: allowed are {', '.join(dtype.value for dtype in COMPUTED)}")
     quant = PRECISIONS[precision]
     if compute is not None and quant.algo is not None:
         activations = compute if quant.is_weight_only else quant.activations

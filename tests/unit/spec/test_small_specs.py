@@ -99,6 +99,13 @@ def test_an_unknown_precision_lists_the_known() -> None:
         quant_for("int3")
 
 
+@pytest.mark.parametrize("compute", [DType.FP8, DType.INT8, DType.INT4, DType.INT32])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4", "fp8-rowwise"])
+def test_a_type_that_nothing_is_computed_in_is_refused(precision: str, compute: DType) -> None:
+    with pytest.raises(UsageError, match=f"compute type {compute.value}: allowed are fp32, fp16, bf16"):
+        quant_for(precision, compute=compute)
+
+
 def test_the_weaker_source_wins() -> None:
     assert weakest(Source.MEASURED, Source.DATASHEET) is Source.DATASHEET
     assert weakest(Source.MODELED, Source.ASSUMED, Source.MEASURED) is Source.ASSUMED
