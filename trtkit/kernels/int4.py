@@ -16,6 +16,7 @@ from torch import Tensor
 
 INT4_MIN, INT4_MAX = -8, 7
 _OFFSET = 8
+_STORED = (torch.int8, torch.uint8)
 
 
 def pack_int4(q_OI: Tensor, group: int) -> Tensor:
@@ -56,6 +57,31 @@ def group_of(weight: Tensor, scale: Tensor) -> int:
     if groups < 1 or inputs % groups:
         raise ValueError(f"{inputs} input channels do not fall into {groups} groups of one size: check the scales")
     return inputs // groups
+
+
+def check_grouped(
+    x_TI: Tensor, weight: Tensor, scale: Tensor, bias_O: Tensor | None, zero: Tensor | None, out: Tensor | None
+) -> None:
+    """Refuse operands of a product in groups that do not go together, or that kernels would read as if they lay otherwise.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    if weight.dtype not in _STORED or not x_TI.is_floating_point():
+        raise ValueError(f"scales of groups are for int8 and packed INT4 (uint8) by floats, not {weight.dtype}")
+    outputs, inputs = weight.shape[0], group_of(weight, scale) * scale.shape[1]
+    if x_TI.dim() != 2 or x_TI.shape[1] != inputs:
+        raise ValueError(f"activations {list(x_TI.shape)} do not go with a weight of {inputs} input channels")
+    beside = (("scales", scale, scale.shape[1:]), ("zero points", zero, scale.shape[1:]), ("bias", bias_O, ()))
+    for what, tensor, rest in (*beside, ("weight", weight, weight.shape[1:])):
+        if tensor is not None and (tensor.shape != (outputs, *rest) or not tensor.is_contiguous()):
+            raise ValueError(
+                f"{what} of shape {list(tensor.shape)} and strides {list(tensor.stride())}: must be {[outputs, *rest]}, contiguous"
+            )
+    if out is not None and (out.shape != (x_TI.shape[0], outputs) or (outputs > 1 and out.stride(1) != 1)):
+        raise ValueError(
+            f"out of shape {list(out.shape)} and strides {list(out.stride())}: must be {[x_TI.shape[0], outputs]}, rows contiguous"
+        )
 
 
 def dequantise_groups(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:

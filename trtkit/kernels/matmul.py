@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trtkit.kernels.dispatch import has_fp8, use_triton
-from trtkit.kernels.int4 import dequantise_groups
+from trtkit.kernels.int4 import check_grouped, dequantise_groups
 
 FAMILY = "matmul"
 DECODE_ROWS = 64
@@ -48,12 +48,17 @@ def linear(
 
     Returns:
         [T, O] in the type of `x_TI`.
+
+    Raises:
+        ValueError: scales of groups with operands that do not go with them.
     """
-    if use_triton(x_TI, FAMILY):
-        if scale is not None and scale.dim() == 2:
+    if scale is not None and scale.dim() == 2:
+        check_grouped(x_TI, weight_OI, scale, bias_O, zero, out)
+        if use_triton(x_TI, FAMILY):
             from trtkit.kernels import triton_matmul_grouped
 
             return triton_matmul_grouped.linear(x_TI, weight_OI, scale, bias_O, zero=zero, out=out)
+    elif use_triton(x_TI, FAMILY):
         from trtkit.kernels import triton_matmul
 
         return triton_matmul.linear(x_TI, weight_OI, scale, bias_O, out=out)

@@ -58,8 +58,6 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `trtkit.kernels.matmul.linear`."""
-    assert scale.is_contiguous(), "the kernels count on it"
-    assert zero is None or zero.is_contiguous(), "the kernels count on it"
     tokens, outputs = x_TI.shape[0], weight.shape[0]
     if out is None:
         out = torch.empty(tokens, outputs, dtype=x_TI.dtype, device=x_TI.device)
@@ -144,9 +142,11 @@ def _constants(
     scale: Tensor, zero: Tensor | None, bias_O: Tensor | None, group: int, *, packed: bool
 ) -> dict[str, Any]:
     """What the kernel is compiled for, apart from its tile."""
-    words = scale.element_size() == 2 and scale.shape[1] % 2 == 0
+    words = scale.shape[1] % 2 == 0 and all(
+        numbers.element_size() == 2 and numbers.data_ptr() % 4 == 0 for numbers in (scale, zero) if numbers is not None
+    )
     return {
-        "PACKED": packed, "GROUP": group, "WORDS": words and (zero is None or zero.element_size() == 2),
+        "PACKED": packed, "GROUP": group, "WORDS": words,
         "HAS_ZERO": zero is not None, "HAS_BIAS": bias_O is not None, "ASM": not INTERPRETED,
     }  # fmt: skip
 

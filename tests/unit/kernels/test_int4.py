@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtkit.kernels.int4 import dequantise_groups, group_of, pack_int4, unpack_int4
+from trtkit.kernels.matmul import linear
 
 
 @given(st.sampled_from([4, 32, 64, 128]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**32))
@@ -71,3 +72,28 @@ def test_a_weight_is_its_value_less_the_zero_point_times_the_scale_of_its_group(
     assert torch.equal(dequantise_groups(pack_int4(values, 4), scale, zero), expected)
     assert torch.equal(dequantise_groups(values, scale, zero), expected)
     assert torch.equal(dequantise_groups(values, scale), dequantise_groups(values, scale, torch.zeros(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_OI": torch.zeros(4, 128).half()}, "are for int8 and packed INT4"),
+        ({"x_TI": torch.zeros(2, 64).half()}, r"activations \[2, 64\] do not go with a weight of 128 input"),
+        (
+            {"weight_OI": torch.zeros(4, 128, dtype=torch.uint8)[:, :64]},
+            r"weight of shape \[4, 64\] and strides \[128, 1\]",
+        ),
+        ({"scale": torch.ones(3, 4).half()}, r"scales of shape \[3, 4\].* must be \[4, 4\]"),
+        ({"scale": torch.ones(4, 1).half().expand(4, 4)}, "scales of .* contiguous"),
+        ({"zero": torch.ones(4, 2).half()}, r"zero points of shape \[4, 2\]"),
+        ({"bias_O": torch.ones(3).half()}, r"bias of shape \[3\]"),
+        ({"out": torch.zeros(4, 2).half()}, r"out of shape \[4, 2\]"),
+        ({"out": torch.zeros(4, 2).half().T}, r"strides \[1, 2\]: must be \[2, 4\], rows contiguous"),
+    ],
+)
+def test_operands_that_do_not_go_together_are_refused(change, message):
+    operands = {"x_TI": torch.ones(2, 128).half(), "weight_OI": torch.zeros(4, 64, dtype=torch.uint8)}
+    operands |= {"scale": torch.ones(4, 4).half(), "zero": torch.zeros(4, 4).half(), "bias_O": torch.zeros(4).half()}
+    assert linear(**operands).tolist() == [[-1024.0] * 4] * 2
+    with pytest.raises(ValueError, match=message):
+        linear(**(operands | change))

@@ -104,6 +104,23 @@ def test_rows_of_a_larger_weight_give_their_part_of_the_product():
     assert_close(found, expected[:, 20:], torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("bits", "offset", "groups", "words"), [(4, 0, 4, True), (8, 2, 4, True), (4, 1, 4, False), (4, 0, 3, False)]
+)
+def test_scales_are_read_in_pairs_only_where_pairs_lie_at_whole_words(bits, offset, groups, words):
+    """A GPU refuses 32 bits at an odd multiple of 16."""
+    x, weight, scale, zero, _, expected = grouped_problem(3, 33, 32 * groups, 32, bits, torch.float16, zeros=True)
+    views = []
+    for numbers in (scale, zero):
+        views.append(
+            torch.full((offset + numbers.numel(),), torch.nan).half()[offset:].view(numbers.shape).copy_(numbers)
+        )
+    assert triton_matmul_grouped._constants(views[0], scale, None, 32, packed=True)["WORDS"] is words
+    assert triton_matmul_grouped._constants(scale, views[1], None, 32, packed=True)["WORDS"] is words
+    assert not triton_matmul_grouped._constants(scale.float(), None, None, 32, packed=True)["WORDS"]
+    assert_close(matmul.linear(x, weight, views[0], zero=views[1]), expected, torch.float16)
+
+
 def test_no_tokens_at_all_are_served():
     x, weight, scale, _, _, _ = grouped_problem(1, 24, 128, 64, 4, torch.float16)
     assert matmul.linear(x[:0], weight, scale).shape == (0, 24)
