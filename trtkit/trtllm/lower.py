@@ -75,7 +75,9 @@ def _switch(on: bool) -> str:
 
 def kv_cache_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, Any]:
     """`KvCacheConfig`. Blocks are reused if the plan says so, which by default it does not: a benchmark that repeats a
-    prompt must not find it cached. Scoring always reuses them where it can: its prompts are each other's prefixes.
+    prompt must not find it cached. Scoring never reuses them: a prompt whose beginning is found gets other logits than
+    one that is computed (TensorRT-LLM issue 15503: up to 0.16 in BF16; issue 2699: wrong text with an FP8 cache), so a
+    score would depend on what was asked before.
 
     Whole blocks only, so that reported blocks are tokens. With a fixed pool both `max_tokens` and the fraction are given;
     TensorRT-LLM takes the smaller.
@@ -84,7 +86,7 @@ def kv_cache_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, A
     engine = plan.target == "tensorrt"
     can_reuse = plan.kv.is_full and "use_paged_context_fmha" not in adjustments(plan)
     arguments: dict[str, Any] = {
-        "enable_block_reuse": (limits.enable_block_reuse or scoring) and can_reuse,
+        "enable_block_reuse": limits.enable_block_reuse and can_reuse and not scoring,
         "enable_partial_reuse": False,
         "free_gpu_memory_fraction": limits.kv_fraction,
         # Engines take the cache type from their checkpoint and refuse any other word here.
@@ -104,8 +106,8 @@ def kv_cache_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, A
 def llm_arguments(plan: BuildPlan, *, scoring: bool = False) -> dict[str, Any]:
     """Keyword arguments of `LLM` besides the model's path; nested configurations as plain data.
 
-    `scoring` opens it to give the logits of generated tokens, and lets prompts share their prefixes' blocks. It asks for
-    one token a prompt, so it guesses none.
+    `scoring` opens it to give the logits of generated tokens, without block reuse. It asks for one token a prompt, so it
+    guesses none.
     """
     limits = plan.limits
     arguments: dict[str, Any] = {

@@ -3,7 +3,9 @@
 Prompt log-probabilities would need engines built to gather context logits (gigabytes of output buffer), are shifted by
 one position between releases, and come back short when a prompt's blocks are reused. The logits of the token about to
 be generated have none of these troubles: position i of a continuation is the next token after the context and the
-first i continuation tokens. The prefixes share their blocks, so only the first of them costs a whole prefill.
+first i continuation tokens. Each of these prefixes is computed whole: found blocks would change its logits in the last
+bits, and with an 8-bit cache by more, so that a score depended on what was asked before (see `lower.kv_cache_arguments`).
+A continuation of one token, as in multiple choice, costs its prompt; one of n tokens costs n prompts.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ async def _next_logits(
     sampling_class: Callable[..., Any],
     plan: BuildPlan,
 ) -> list[NDArray[np.float64]]:
-    """Next-token logits of each prompt, float64 [vocab]; the first alone, so that the others find its blocks."""
+    """Next-token logits of each prompt, float64 [vocab]."""
     gate = asyncio.Semaphore(plan.limits.max_batch_size)
 
     async def ask(prompt: tuple[int, ...]) -> NDArray[np.float64]:
@@ -75,8 +77,7 @@ async def _next_logits(
             done = await result.aresult()
         return _row(done, prompt, plan)
 
-    first = [await ask(prompt) for prompt in prompts[:1]]
-    return first + list(await asyncio.gather(*(ask(prompt) for prompt in prompts[1:])))
+    return list(await asyncio.gather(*(ask(prompt) for prompt in prompts)))
 
 
 def _row(result: Any, prompt: tuple[int, ...], plan: BuildPlan) -> NDArray[np.float64]:  # noqa: ANN401

@@ -110,12 +110,15 @@ def test_blocks_are_shared_between_prompts_where_the_plan_says_so_and_whole_ones
         assert (asked["enable_block_reuse"], asked["enable_partial_reuse"]) == (True, False)
 
 
-def test_by_default_blocks_are_shared_between_prompts_for_scoring_only() -> None:
+def test_scoring_asks_for_logits_and_shares_no_blocks_whatever_the_plan_says() -> None:
+    for target in ("tensorrt", "pytorch"):
+        reusing = plan(target=target, limits=Limits(enable_block_reuse=True))
+        assert llm_arguments(reusing)["kv_cache_config"]["enable_block_reuse"] is True
+        assert llm_arguments(reusing)["gather_generation_logits"] is False
+        scoring = llm_arguments(reusing, scoring=True)
+        assert scoring["kv_cache_config"]["enable_block_reuse"] is False
+        assert scoring["gather_generation_logits"] is True
     assert llm_arguments(plan())["kv_cache_config"]["enable_block_reuse"] is False
-    assert llm_arguments(plan())["gather_generation_logits"] is False
-    scoring = llm_arguments(plan(), scoring=True)
-    assert scoring["kv_cache_config"]["enable_block_reuse"] is True
-    assert scoring["gather_generation_logits"] is True
 
 
 def test_an_approximated_policy_becomes_sinks_and_a_window_on_engines_only() -> None:
