@@ -41,12 +41,13 @@ class LoadAnswer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanAnswer:
-    """Everything about one configuration."""
+    """Everything about one configuration; `notes` say what its numbers leave out."""
 
     name: str
     memory: MemoryPlan
     would_fit: tuple[str, ...]
     loads: tuple[LoadAnswer, ...]
+    notes: tuple[str, ...] = ()
 
 
 def scenario_at(placement: Placement, precision: Precision, load: LoadPoint) -> Scenario:
@@ -103,7 +104,22 @@ def ask(
         memory=memory,
         would_fit=what_would_fit(placement, sequence_tokens=longest),
         loads=tuple(lines),
+        notes=_left_out(placement),
     )
+
+
+def _left_out(placement: Placement) -> tuple[str, ...]:
+    """What makes a configuration faster and depends on the text, so that no floor or forecast here knows it."""
+    notes = []
+    if placement.speculation is not None:
+        most = 1 + placement.speculation.max_draft_tokens
+        notes.append(
+            f"speculation {placement.speculation.label}: floors and forecasts are those without guesses; a step gives a "
+            f"request up to {most} tokens, so TPOT and tok/s may be better than their floors by that factor"
+        )
+    if placement.limits.enable_block_reuse:
+        notes.append("prefix reuse: floors and forecasts are those of prompts that share nothing")
+    return tuple(notes)
 
 
 def _at_rate(placement: Placement, precision: Precision, load: LoadPoint) -> tuple[LoadPoint, str]:
@@ -148,6 +164,7 @@ def plan_text(answer: PlanAnswer) -> str:
         ]
         price = f"{line.usd_per_million.value:.3f}" if line.usd_per_million else "-"
         lines.append(f"  {load_title(line.load):<22} {' '.join(cells)} {price} {line.reason}".rstrip())
+    lines += [f"  {line}" for line in answer.notes]
     lines.append(
         "  floor: datasheet, nothing beats it; forecast: modeled, [90% of left-out measurements lay in this band]"
     )

@@ -12,6 +12,7 @@ from trtkit.spec.dtype import DType
 from trtkit.spec.errors import TrtkitError, UnsupportedError
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.plan import Limits, Parallelism
+from trtkit.spec.speculation import SpeculationSpec
 
 
 def placed(gpu="a100", precision="fp16", tp=2, kv="full"):
@@ -140,3 +141,17 @@ def test_published_gpu_names_are_found(text, name):
 )
 def test_published_model_names_are_found(text, name):
     assert model_preset(model_word(text)).name == name
+
+
+def test_what_depends_on_the_text_is_named_beside_floors_that_leave_it_out():
+    placement, precision = placed()
+    load = [LoadPoint(isl=512, osl=256, concurrency=1)]
+    assert ask("x", placement, precision, load).notes == ()
+    guessing = replace(
+        placement,
+        speculation=SpeculationSpec(max_draft_tokens=4),
+        limits=replace(placement.limits, enable_block_reuse=True),
+    )
+    text = plan_text(ask("x", guessing, precision, load))
+    assert "speculation ngram:4: floors and forecasts are those without guesses; a step gives a request up to 5" in text
+    assert "prefix reuse: floors and forecasts are those of prompts that share nothing" in text
