@@ -278,8 +278,9 @@ def lines_of(session: Session) -> list[str]:
     rows = [["item", "variant", "what", "value", "rounds"]]
     for row in session.record.rows:
         for key, value in row.values.items():
-            span = "" if value.low is None else f"{value.low:.4g}..{value.high:.4g}"
-            number = f"{value.value:.2%}" if value.unit == "share" else f"{value.value:,.4g} {value.unit}"
+            form = ".2%" if value.unit == "share" else ",.4g"
+            span = "" if value.low is None else f"{value.low:{form}}..{value.high:{form}}"
+            number = f"{value.value:{form}}" + (f" {value.unit}" if value.unit != "share" else "")
             rows.append([row.item, row.variant, f"{key} ({value.source.value})", number, span])
     gain = _gain(session.record.rows)
     lines = table(rows) if len(rows) > 1 else []

@@ -20,22 +20,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.gpu import lever_page
+from bench.gpu.aims import aim_rows
 from bench.gpu.forecast import cell_numbers
 from bench.gpu.llama70b import FILE_NAME, KIND, Record
 from bench.gpu.memory import memory_rows, most_in_flight
+from bench.gpu.reading import cells_of, load
 from bench.gpu.rows import ROWS, cell_plan, default_rows, plan_of, real_scale
-from bench.gpu.summary import (
-    STAGE_FILES,
-    cell_values,
-    cells_of,
-    guess_lines,
-    load,
-    memory_line,
-    peak,
-    problem,
-    share,
-    stat,
-)
+from bench.gpu.summary import STAGE_FILES, cell_values, guess_lines, memory_line, problem
 from trtkit.spec.atomic import write_text
 from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.codec import read_record, write_record
@@ -51,8 +42,9 @@ NOTHING = (
 )
 _MARK = re.compile(r"(<!-- begin: ([a-z]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 _COLUMNS = (
-    *("TTFT ms", "of ceiling", "TPOT ms", "step ms", "repeats", "floor ms", "step of ceiling", "of datasheet"),
-    *("predicted ms", "tok/s", "USD/1M", "in flight", "evicted", "VRAM GiB", "valid"),
+    *("TTFT ms", "TTFT predicted", "TTFT of ceiling", "TPOT ms", "step ms", "repeats", "step predicted", "floor ms"),
+    *("step of ceiling", "step of datasheet", "tok/s", "tok/s predicted", "USD/1M", "in flight", "evicted", "VRAM GiB"),
+    "valid",
 )
 
 
@@ -107,64 +99,16 @@ def measured(results: Path = RESULTS) -> str:
 
 
 def aims_table(results: Path = RESULTS) -> str:
-    """What was set out to be reached on one H100, and what the newest H100 record shows; a dash is not measured."""
-    shown = [record for _, record in records(results) if str(record.get("gpu", "")).startswith("h100")]
-    # One call brings the core's rows and another the others', so an aim may need two records; the newest of a cell counts.
-    together = {"rows": [row for record in shown for row in record.get("rows", ())]}
-    rows = [[text, aim, read(together, row, cell) or "-"] for text, row, cell, read, aim in AIMS]
-    return markdown(["aim on one H100, INT8 unless named", "aimed at", "measured"], rows)
+    """What was set out to be reached on one H100, and what its newest records show; a dash is not measured."""
+    shown = [record for _, record in records(results) if "h100" in str(record.get("gpu", "")).lower()]
+    head = ["aim on one H100, INT8 unless named", "aimed at", "measured", "reached"]
+    return markdown(head, aim_rows(sorted(shown, key=_started)))
 
 
-def _cell_of(record: Mapping[str, Any], row: str, cell: str) -> Mapping[str, Any] | None:
-    """The newest valid result of that cell."""
-    found = [
-        c for r, c in cells_of(record) if (r["row"], c["name"]) == (row, cell) and (c.get("result") or {}).get("valid")
-    ]
-    return found[-1] if found else None
-
-
-def _step_share(record: Mapping[str, Any], row: str, cell: str) -> str | None:
-    found = _cell_of(record, row, cell)
-    value = None if found is None else share(found, "floor_measured", "step_ms", stat(found, "itl_ms"))
-    return None if value is None else f"{value:.1%}"
-
-
-def _ttft_share(record: Mapping[str, Any], row: str, cell: str) -> str | None:
-    found = _cell_of(record, row, cell)
-    value = None if found is None else share(found, "floor_measured", "ttft_ms", stat(found, "ttft_ms"))
-    return None if value is None else f"{value:.1%}"
-
-
-def _ttft(record: Mapping[str, Any], row: str, cell: str) -> str | None:
-    found = _cell_of(record, row, cell)
-    value = None if found is None else stat(found, "ttft_ms")
-    return None if value is None else f"{value:.0f} ms"
-
-
-def _in_flight(record: Mapping[str, Any], row: str, cell: str) -> str | None:
-    ours, full = _cell_of(record, row, cell), _cell_of(record, "int8", cell)
-    if ours is None or full is None:
-        return None
-    most, before = peak(ours, "requests_peak"), peak(full, "requests_peak")
-    return f"{most} of {before}: {most / before:.2f}x" if most and before else None
-
-
-def _plan_error(record: Mapping[str, Any], row: str, _cell: str) -> str | None:
-    for found in reversed(record.get("rows", ())):
-        memory = found.get("memory", {})
-        if found["row"] == row and "seen.total" in memory:
-            return f"{memory['plan.total']['value'] / memory['seen.total']['value'] - 1:+.1%}"
-    return None
-
-
-AIMS = (
-    ("decode step at batch 1, 512 tokens", "int8", "c1-isl512", _step_share, "90% of the measured read rate"),
-    ("decode step at batch 32, 512 tokens", "int8", "c32-isl512", _step_share, "85% of its floor by that rate"),
-    ("first token of 4,096", "int8", "c1-isl4096", _ttft_share, "80% of the measured 16-bit matrix rate"),
-    ("first token of 4,096, FP8", "fp8", "c1-isl4096", _ttft, "below 450 ms"),
-    ("4K requests in flight, H2O at half the cache", "int8-h2o-long", "c32-isl4096", _in_flight, "1.8x those without"),
-    ("memory in use beside `trtkit plan`", "int8", "", _plan_error, "within 1%"),
-)
+def _started(record: Mapping[str, Any]) -> str:
+    """When the first row was begun; records of items only were begun by the same call as others."""
+    rows = [row["environment"] for row in record.get("rows", ()) if "environment" in row]
+    return str((rows[0] if rows else record.get("environment", {})).get("started_utc", ""))
 
 
 def cells_table(record: Mapping[str, Any], beside: Sequence[Mapping[str, Any]] = ()) -> str:

@@ -9,21 +9,22 @@ named and its numbers are left out. Exit 0 if the core left its first cell; with
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.gpu.aims import aim_lines
+from bench.gpu.reading import cells_of, load, number, peak, share, spread, stat
 from trtkit.spec.codec import from_plain
 from trtkit.spec.errors import InputError
 from trtkit.spec.limits import READ_BYTES_S
 from trtkit.spec.measured import Measured
 from trtkit.spec.units import GB, GIB
 
-MOST_LINES = 60
+MOST_LINES = 70
 STAGE_FILES = {
     "probe": "probe.json",
     "selfcheck": "selfcheck.json",
@@ -37,60 +38,10 @@ STAGE_FILES = {
 LINES_EACH = {
     "llama70b.json": 24, "h2o.json": 8, "selfcheck.json": 4, "probe.json": 8, "peers.json": 6, "kernels.json": 8,
 }  # fmt: skip
-"""Lines each record may always have, most important first; together they leave room for no more."""
+"""Lines each record may always have, most important first; with those of the aims they leave room for no more."""
 ENDS_WITH_RESULT = ("h2o.json",)
 FIRST_CELL = ("int8", "c1-isl512")
 _DASH = "-"
-
-
-def load(path: Path) -> dict[str, Any] | None:
-    """A record's content, None where there is none or it is damaged (a killed writer leaves the one before)."""
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if not isinstance(body, dict):
-        return None
-    data = body.get("data", body)
-    return data if isinstance(data, dict) else None
-
-
-def cells_of(record: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Each row with each of its cells."""
-    for row in record.get("rows", ()):
-        for cell in row.get("cells", ()):
-            yield row, cell
-
-
-def stat(cell: Mapping[str, Any], key: str, name: str = "p50") -> float | None:
-    """One statistic of a cell's metric."""
-    result = cell.get("result") or {}
-    return ((result.get("metrics") or {}).get(key, {}).get("stats", {}).get(name) or {}).get("value")
-
-
-def spread(cell: Mapping[str, Any], key: str, name: str = "p50") -> str:
-    """Lowest to highest of the repeats, empty below two."""
-    result = cell.get("result") or {}
-    found = (result.get("metrics") or {}).get(key, {}).get("stats", {}).get(name) or {}
-    repeats = found.get("repeats") or []
-    return f"{min(repeats):.4g}-{max(repeats):.4g}" if len(repeats) > 1 else ""
-
-
-def number(cell: Mapping[str, Any], which: str, key: str) -> float | None:
-    """One of a floor's or a prediction's numbers."""
-    return (((cell.get(which) or {}).get(key)) or {}).get("value")
-
-
-def share(cell: Mapping[str, Any], which: str, key: str, measured: float | None) -> float | None:
-    """Floor over measured time; 1 is the limit."""
-    least = number(cell, which, key)
-    return least / measured if least and measured else None
-
-
-def peak(cell: Mapping[str, Any], name: str) -> int | None:
-    """Largest value of a pool counter over the repeats."""
-    repeats = ((cell.get("result") or {}).get("repeats")) or []
-    return max((repeat["kv"][name] for repeat in repeats if repeat["kv"][name] is not None), default=None)
 
 
 def text(value: float | None, form: str = ".1f") -> str:
@@ -112,15 +63,17 @@ def cell_values(cell: Mapping[str, Any]) -> dict[str, str]:
     evicted = None if None in counts else sum(counts)
     return {
         "TTFT ms": text(ttft, ".0f"),
-        "of ceiling": percent(share(cell, "floor_measured", "ttft_ms", ttft)),
+        "TTFT of ceiling": percent(share(cell, "floor_measured", "ttft_ms", ttft)),
         "TPOT ms": text(stat(cell, "tpot_ms"), ".2f"),
         "step ms": text(step, ".2f"),
         "repeats": spread(cell, "itl_ms") or _DASH,
         "floor ms": text(number(cell, "floor_measured", "step_ms"), ".2f"),
         "step of ceiling": percent(share(cell, "floor_measured", "step_ms", step)),
-        "of datasheet": percent(share(cell, "floor_datasheet", "step_ms", step)),
-        "predicted ms": text(number(cell, "prediction", "step_ms"), ".2f"),
+        "step of datasheet": percent(share(cell, "floor_datasheet", "step_ms", step)),
+        "TTFT predicted": text(number(cell, "prediction", "ttft_ms"), ".0f"),
+        "step predicted": text(number(cell, "prediction", "step_ms"), ".2f"),
         "tok/s": text(tps, ",.0f"),
+        "tok/s predicted": text(number(cell, "prediction", "tps"), ",.0f"),
         "USD/1M": text(price.get("value"), ".2f"),
         "in flight": text(peak(cell, "requests_peak"), "d"),
         "evicted": text(evicted, ",d"),
@@ -147,16 +100,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 _SHORT = (
-    "TTFT ms",
-    "of ceiling",
-    "TPOT ms",
-    "step ms",
-    "floor ms",
-    "step of ceiling",
-    "tok/s",
-    "in flight",
-    "VRAM GiB",
-    "valid",
+    *("TTFT ms", "TTFT of ceiling", "TPOT ms", "step ms", "step predicted", "floor ms", "step of ceiling"),
+    *("tok/s", "in flight", "VRAM GiB", "valid"),
+)
+_LEGEND = (
+    "TTFT, TPOT, step (medians), tok/s, VRAM (NVML): measured; floor: modeled, a step's bytes and operations over this "
+    "card's measured ceilings; of ceiling: floor / measured; predicted: assumed before the run"
 )
 
 
@@ -170,7 +119,7 @@ def llama_lines(record: Mapping[str, Any]) -> list[str]:
     if done:
         table = [["row", "cell", *_SHORT]]
         table += [[row["row"], cell["name"], *(cell_values(cell)[key] for key in _SHORT)] for row, cell in done]
-        lines += aligned(table)
+        lines += [*aligned(table), _LEGEND]
     lines += guess_lines(record)
     for row in record.get("rows", ()):
         lines += [f"{row['row']}: {note}"[:160] for note in row.get("notes", ())[:4]]
@@ -259,12 +208,16 @@ def sections(out: Path, stages: Sequence[str]) -> dict[str, list[str]]:
 def lines_of(out: Path, stages: Sequence[str], most: int = MOST_LINES) -> list[str]:
     """The whole summary in at most so many lines: each stage gets its own share, then the rest in order of importance."""
     found = sections(out, stages)
+    told = aim_lines(
+        [record for name in ("llama70b.json", "h2o.json") if name in found and (record := load(out / name))]
+    )
+    most -= len(told)
     given = {name: min(len(lines), LINES_EACH[name]) for name, lines in found.items()}
     for name, lines in found.items():
         given[name] += max(0, min(len(lines) - given[name], most - sum(given.values())))
-    return [
-        line for name, lines in found.items() for line in shortened(lines, given[name], last=name in ENDS_WITH_RESULT)
-    ]
+    for name, lines in found.items():
+        told += shortened(lines, given[name], last=name in ENDS_WITH_RESULT)
+    return told
 
 
 def complete(out: Path, stages: Sequence[str]) -> bool:

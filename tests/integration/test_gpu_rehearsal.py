@@ -17,6 +17,7 @@ import torch
 
 from bench.gpu import forecast, llama70b, memory, page, sources, summary, sweep
 from bench.gpu import rows as table
+from bench.gpu.aims import AIMS
 from bench.gpu.sweep import CellOutcome
 from trtkit.engine import open as opening
 from trtkit.engine.dummy import dummy_weights
@@ -466,7 +467,7 @@ def test_a_killed_call_still_ends_with_its_table(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "bench/gpu/one_call.sh"), str(tmp_path), "--rehearse", "--stages", "core"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
-    assert "core: at most" in process.stdout.readline()
+    assert any("core: at most" in line for line in iter(process.stdout.readline, ""))
     process.send_signal(signal.SIGTERM)
     told, _ = process.communicate(timeout=150)
     assert "core: no record" in told or "rehearsal" in told
@@ -482,7 +483,8 @@ def test_a_long_summary_is_cut_and_every_stage_keeps_its_share(tmp_path: Path) -
     assert any("more lines" in line for line in told)
     assert "h2o.json 99" in told
     assert "probe.json 5" in told
-    assert sum(summary.LINES_EACH.values()) <= summary.MOST_LINES
+    assert told[0].startswith("aim for one H100")
+    assert len(AIMS) + 1 + sum(summary.LINES_EACH.values()) <= summary.MOST_LINES
     assert set(summary.LINES_EACH) == set(summary.STAGE_FILES.values())
 
 
