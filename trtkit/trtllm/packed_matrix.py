@@ -34,6 +34,8 @@ from trtkit.trtllm.safetensors_file import TensorEntry
 _WORD_BITS = 32
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """The nibble in which each of eight outputs lies."""
+_LEAST_LESS_ONE = 15
+"""A zero point of 0, less one, in four bits: what GPTQ's first format cannot store."""
 _FLOATS = ("F16", "BF16", "F32")
 
 
@@ -135,8 +137,8 @@ class PackedMatrix(ABC):
 
         Raises:
             InputError: a shape or an element type that the format does not have.
-            UnsupportedError: weights that are not symmetric though their config says so, or groups that do not follow
-                the inputs (desc_act).
+            UnsupportedError: weights that are not symmetric though their config says so, groups that do not follow
+                the inputs (desc_act), or zero points that readers take differently.
         """
         for suffix, shape in self.shapes.items():
             path, entry = self.parts[suffix]
@@ -205,6 +207,12 @@ class GptqMatrix(PackedMatrix):
         if not self.config.reordered and (self._groups != groups).any():
             raise UnsupportedError(
                 f"{path}: tensor {entry.name!r} orders the inputs by activation, and the config says desc_act: false"
+            )
+        if not self.config.symmetric and self.config.zero_less and (self._stored_zeros() == _LEAST_LESS_ONE).any():
+            path, entry = self.parts["qzeros"]
+            raise UnsupportedError(
+                f"{path}: tensor {entry.name!r} holds 15, which some readers of the format gptq take for a zero point of 16 and "
+                "others for 0; save it as gptq_v2, or give the unquantised model"
             )
 
     @cached_property

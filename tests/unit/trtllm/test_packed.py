@@ -66,6 +66,20 @@ def test_numbers_zero_points_and_scales_are_those_of_the_definition(tmp_path: Pa
         assert np.array_equal(matrix.transposed(3, 9), matrix.numbers(3, 9).T), name
 
 
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_a_zero_point_that_readers_take_differently_is_refused(tmp_path: Path, version: str) -> None:
+    source, tensors, _ = checkpoint(tmp_path, {**FORMS[1], "version": version})
+    tensors["model.layers.1.mlp.up_proj.qzeros"][0, 2] |= 0xF << 8
+    save_file(tensors, source / "model.safetensors")
+    if version == "gptq_v2":
+        zeros = open_source(source).tensors["model.layers.1.mlp.up_proj.weight"].packed.zeros
+        assert zeros[0, 18] == 15 - 8
+        return
+    with pytest.raises(UnsupportedError, match=r"up_proj\.qzeros' holds 15.* 16 and others for 0") as caught:
+        open_source(source)
+    assert "\n" not in str(caught.value)
+
+
 def stands_for(weights: ModelWeights, layer: int) -> Tensors:
     """By Hugging Face names, in float64."""
     block, result = weights.layers[layer], {}
