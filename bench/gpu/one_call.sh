@@ -67,6 +67,7 @@ finish() {
   timeout --kill-after=5 60 python3 "$here/recompute.py" "$out" >"$scratch/recomputed" 2>&1
   echo "== recompute: exit $?" | tee -a "$log"
   tail -n 40 "$scratch/recomputed" >>"$log"
+  tail -n 1 "$scratch/recomputed" >>"$out/summary.txt"
   cat "$out/summary.txt"
   exit "$status"
 }

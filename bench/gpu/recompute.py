@@ -5,7 +5,7 @@
 llama70b.json: every metric with its interval from raw token times, validity from the raw identities, floors and shares from
 the plan's shape and the record's ceilings, price from throughput. kernels.json: medians and percentiles from the samples,
 floors and shares from the recorded work and ceilings. h2o.json: steps from single gaps, ratios of rounds, gain in flight.
-Prints a line for each difference; exit 1 if there is one, or nothing was there to recompute.
+peers.json: every round from the times of its tokens. Prints a line for each difference and the sum of all last; exit 1 if there is one, or nothing was there to recompute.
 """
 
 from __future__ import annotations
@@ -99,10 +99,34 @@ def _rounds(found: Differences, where: str, value: Json, samples: list[float]) -
         found.same(f"{where}: {key}", value[key], float(again))
 
 
+def peer_differences(record: Json) -> Differences:
+    """Every round of peers.json from the times of its tokens."""
+    found = Differences()
+    for cell in record["cells"]:
+        where = f"{cell['who']} {cell['model']} {cell['precision']} c{cell['concurrency']} {cell['isl']}/{cell['osl']}"
+        found.same(f"{where}: rounds, or a reason for none", bool(cell["rounds"] or cell["not_run"]), True)
+        for index, each in enumerate(cell["rounds"]):
+            requests = each["requests"]
+            found.same(f"{where}: requests of round {index}", len(requests), cell["concurrency"])
+            made = [request["tokens"][-1] for request in requests]
+            found.same(f"{where}: tokens of round {index}", made, [cell["osl"]] * len(requests))
+            asked, first, last = (
+                np.array(times)
+                for times in zip(*((r["asked_ms"], r["times_ms"][0], r["times_ms"][-1]) for r in requests), strict=True)
+            )
+            after = np.array([cell["osl"] - request["tokens"][0] for request in requests]).clip(min=1)
+            tps = sum(made) / (last.max() - asked.min()) * 1e3
+            for key, again in (("ttft_ms", np.median(first - asked)), ("tpot_ms", np.median((last - first) / after))):
+                found.same(f"{where}: {key} of round {index}", each[key], float(again))
+            found.same(f"{where}: tps of round {index}", each["tps"], float(tps))
+    return found
+
+
 KINDS: dict[str, Callable[[Json], Differences]] = {
     "gpu-llama70b": llama_differences,
     "gpu-kernels": kernel_differences,
     "gpu-h2o": h2o_differences,
+    "gpu-peers": peer_differences,
 }
 
 
@@ -143,6 +167,11 @@ def main() -> int:
             print(f"{path.name}: {line}")
         print(f"{path.name}: {found.compared} numbers compared, {len(found)} differ")
         compared, different = compared + found.compared, different + len(found)
+    print(
+        f"recomputed from raw samples: {compared:,} numbers, {different:,} differ"
+        if compared
+        else "no raw samples here"
+    )
     return 0 if compared and not different else 1
 
 

@@ -25,6 +25,7 @@ from trtkit.spec.measured import Measured
 from trtkit.spec.units import GB, GIB
 
 MOST_LINES = 70
+"""One more follows: what recomputing found."""
 STAGE_FILES = {
     "probe": "probe.json",
     "selfcheck": "selfcheck.json",

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu import recompute
 from bench.gpu import rows as table
 from bench.gpu.peers import rounds, split_wheel, transformers_static, vllm_dummy
 from bench.gpu.peers import run as peers
-from trtkit.spec.codec import read_record
+from trtkit.spec.codec import read_record, to_plain
 from trtkit.spec.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -138,13 +139,14 @@ def test_tokens_that_come_several_at_a_time_are_all_counted(tmp_path: Path, monk
     FakeVllm(per_message=3).install(monkeypatch)
     cells = vllm_dummy.run(setup(tmp_path), "fp8")
     assert all(each.tps > 0 and each.tpot_ms >= 0 for cell in cells for each in cell.rounds)
+    assert {request.tokens for cell in cells for each in cell.rounds for request in each.requests} == {(3, 4)}
 
 
 def test_a_peer_that_makes_too_few_tokens_gives_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeVllm(short_by=1).install(monkeypatch)
     cells = vllm_dummy.run(setup(tmp_path), "fp8")
     assert [cell.rounds for cell in cells] == [(), ()]
-    assert "made 3 tokens" in cells[0].not_run
+    assert "3 tokens were made, 4 were asked for" in cells[0].not_run
 
 
 def test_without_vllm_one_line_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +160,25 @@ def test_no_time_left_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     FakeVllm().install(monkeypatch)
     cells = vllm_dummy.run(setup(tmp_path, left_s=lambda: -1.0), "fp8")
     assert {cell.not_run for cell in cells} == {"no time was left"}
+
+
+def test_a_rounds_numbers_are_those_of_its_raw_times_and_a_changed_one_is_found() -> None:
+    """By hand: first tokens after 10 and 12 ms, (40 - 10) / 3 and (39 - 13) / 2 ms a token, 8 tokens in 40 ms."""
+    asked = rounds.Arrivals(asked_ms=0.0, times_ms=(10.0, 20.0, 30.0, 40.0), tokens=(1, 2, 3, 4))
+    late = rounds.Arrivals(asked_ms=1.0, times_ms=(13.0, 39.0), tokens=(2, 4))
+    each = rounds.round_of([asked, late], 4)
+    assert (each.ttft_ms, each.tpot_ms, each.tps) == (11.0, 11.5, 200.0)
+    with pytest.raises(RuntimeError, match="4 tokens were made, 5 were asked for"):
+        rounds.round_of([asked], 5)
+    cell = rounds.PeerCell(
+        who="vllm", version="", model="m", precision="fp8", concurrency=2, isl=8, osl=4, rounds=(each,)
+    )
+    record = json.loads(json.dumps({"cells": [to_plain(cell)]}))
+    assert (recompute.peer_differences(record), recompute.peer_differences(record).compared) == ([], 6)
+    for key in ("ttft_ms", "tpot_ms", "tps"):
+        record["cells"][0]["rounds"][0][key] *= 1.01
+    record["cells"][0]["concurrency"] = 3
+    assert len(recompute.peer_differences(record)) == 4
 
 
 def test_a_peers_line_shows_the_median_and_the_spread() -> None:
@@ -261,3 +282,6 @@ def test_transformers_runs_beside_our_engine_and_its_loop_makes_the_tokens_that_
         ("transformers", 1), ("transformers", 1), ("trtkit", 1),
     ]  # fmt: skip
     assert [(cell.not_run, len(cell.rounds)) for cell in cells] == [(None, 2)] * 6
+    kept = [(cell.who, len(request.times_ms)) for cell in cells for each in cell.rounds for request in each.requests]
+    assert {times for who, times in kept if who == "trtkit"} == {6}
+    assert {times for who, times in kept if who != "trtkit"} == {2}

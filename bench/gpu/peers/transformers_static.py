@@ -7,6 +7,7 @@ CUDA; it shows no times, so its first token is timed as a call for one), a loop 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.gpu.peers.rounds import PeerCell, Round
+from bench.gpu.peers.rounds import Arrivals, PeerCell, Round, round_of
 from bench.gpu.sweep import dummy_bundle
 from trtkit.backends.remote import DEFAULT_OPENER, RemoteEngine, Timeouts
 from trtkit.benchmark.driver import run_repeat
-from trtkit.benchmark.metrics import compute_metrics
 from trtkit.spec.catalog import model_preset
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Request
@@ -29,6 +29,7 @@ from trtkit.spec.errors import TrtkitError
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import BuildPlan, Limits
 from trtkit.spec.quant import quant_for
+from trtkit.spec.result import RequestSample
 from trtkit.spec.units import GIB, MIB
 from trtkit.spec.workload import Workload
 
@@ -192,12 +193,19 @@ def our_round(engine: RemoteEngine, load: Workload, number: int) -> Round:
         Request(request_id=f"p{number}-{i}", prompt_ids=tuple(row.tolist()), max_tokens=load.osl, ignore_eos=True)
         for i, row in enumerate(prompts)
     ]
-    metrics = compute_metrics([run_repeat(engine, requests, load, index=number)], load)
-    return Round(
-        ttft_ms=metrics["ttft_ms"].stats["p50"].value,
-        tpot_ms=metrics["tpot_ms"].stats["p50"].value,
-        tps=metrics["tps"].stats["value"].value,
-    )
+    samples = run_repeat(engine, requests, load, index=number).samples
+    began_ns = min(sample.submit_ns for sample in samples)
+    return round_of([_arrivals(sample, began_ns) for sample in samples], load.osl)
+
+
+def _arrivals(sample: RequestSample, began_ns: int) -> Arrivals:
+    """One request of ours, each token's time."""
+    if sample.first_token_ns is None:
+        raise RuntimeError(f"request {sample.request_id} gave no token: {sample.error}")
+    times_ns = itertools.accumulate(sample.gaps_ns, initial=sample.first_token_ns)
+    times_ms = tuple(round((time_ns - began_ns) / 1e6, 4) for time_ns in times_ns)
+    asked_ms = round((sample.submit_ns - began_ns) / 1e6, 4)
+    return Arrivals(asked_ms=asked_ms, times_ms=times_ms, tokens=tuple(range(1, len(times_ms) + 1)))
 
 
 class Theirs:
@@ -317,8 +325,6 @@ class Theirs:
 
 
 def _round(load: Workload, first_s: float, whole_s: float) -> Round:
-    return Round(
-        ttft_ms=first_s * 1e3,
-        tpot_ms=(whole_s - first_s) / (load.osl - 1) * 1e3,
-        tps=load.num_requests * load.osl / whole_s,
-    )
+    """All requests of a batch go together; only its first token and its last have times."""
+    each = Arrivals(asked_ms=0.0, times_ms=(first_s * 1e3, whole_s * 1e3), tokens=(1, load.osl))
+    return round_of([each] * load.num_requests, load.osl)

@@ -17,10 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from bench.gpu.peers.rounds import PeerCell, Round
+from bench.gpu.peers.rounds import Arrivals, PeerCell, Round, round_of
 from bench.gpu.peers.transformers_static import prompts_of
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.workload import Workload
@@ -170,16 +169,15 @@ async def _round(engine: Any, load: Workload, vocab_size: int, number: int) -> R
     times = await asyncio.gather(
         *(_request(engine, name, row.tolist(), load.osl) for name, row in zip(names, prompts, strict=True))
     )
-    for seen in times:
-        if seen[-1][1] != load.osl:
-            raise RuntimeError(f"vLLM made {seen[-1][1]} tokens, {load.osl} were asked for")
-    last = max(seen[-1][0] for seen in times)
-    return Round(
-        ttft_ms=median((seen[0][0] - started) * 1e3 for seen in times),
-        # The first message may carry more than one token; time per token counts those that came after it.
-        tpot_ms=median((seen[-1][0] - seen[0][0]) / (load.osl - seen[0][1]) * 1e3 for seen in times),
-        tps=load.num_requests * load.osl / (last - started),
-    )
+    arrivals = [
+        Arrivals(
+            asked_ms=0.0,
+            times_ms=tuple(round((at - started) * 1e3, 4) for at, _ in seen),
+            tokens=tuple(tokens for _, tokens in seen),
+        )
+        for seen in times
+    ]
+    return round_of(arrivals, load.osl)
 
 
 async def _request(engine: Any, name: str, prompt: list[int], osl: int) -> list[tuple[float, int]]:
