@@ -18,6 +18,7 @@ from trtkit.spec.catalog import gpu_spec
 from trtkit.spec.errors import TrtkitError
 from trtkit.spec.plan import Parallelism
 from trtkit.spec.result import BenchResult, Check, QualityResult, tokens_per_step
+from trtkit.spec.speculation import most_tokens_a_step
 from trtkit.spec.units import format_gib
 
 PASS, WARN, FAIL, SKIPPED = "pass", "warn", "fail", "skipped"
@@ -67,8 +68,8 @@ def _datasheet(result: BenchResult) -> Iterator[Check]:
         yield Check(name="datasheet_limit", status=SKIPPED, detail=str(error))
         return
     # With speculation one request may get all its guesses in every step; all requests together got what was counted.
-    most_tokens = 1 if plan.speculation is None else 1 + plan.speculation.max_draft_tokens
-    per_step = tokens_per_step(result.repeats) or most_tokens
+    most_tokens = most_tokens_a_step(plan.speculation)
+    per_step = min(tokens_per_step(result.repeats) or most_tokens, most_tokens)
     for key, least in (("ttft_ms", limits.ttft_ms.value), ("tpot_ms", limits.tpot_ms.value / most_tokens)):
         value = _value(result, key)
         if value is not None:

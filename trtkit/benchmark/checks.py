@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from trtkit.benchmark.metrics import completed, e2e_ms, span_s
 from trtkit.spec.kv import KVPolicySpec
@@ -25,6 +25,7 @@ def bookkeeping_checks(repeats: Sequence[Repeat], workload: Workload, kv: KVPoli
         _littles_law(repeats, workload),
         _enough_rounds(workload),
         _policy_acted(repeats, workload, kv),
+        *_counts_possible(repeats),
     )
 
 
@@ -127,3 +128,30 @@ def _policy_acted(repeats: Sequence[Repeat], workload: Workload, kv: KVPolicySpe
         return Check(name="kv_policy_acted", status=WARN, detail=detail)
     detail = f"{kv.label}: never evicted, though {context} tokens exceed the {most} it may hold"
     return Check(name="kv_policy_acted", status=FAIL, detail=detail)
+
+
+def _counts_possible(repeats: Sequence[Repeat]) -> Iterator[Check]:
+    """What was guessed and reused, where anything was, is part of what was written and asked.
+
+    A warning only: a runtime that tells its counts late may count a repeat's end into the next one.
+    """
+    if not any(r.kv.prompt_tokens_reused or r.kv.draft_tokens or r.kv.accepted_tokens for r in repeats):
+        return
+    for number, r in enumerate(repeats):
+        prompts = sum(sample.prompt_tokens for sample in r.samples)
+        decoded = sum(max(sample.output_tokens - 1, 0) for sample in r.samples)
+        guessed, right = r.kv.draft_tokens, r.kv.accepted_tokens or 0
+        found = r.kv.prompt_tokens_reused or 0
+        for wrong, told in (
+            (found > prompts, f"{found} prompt tokens reused of {prompts}"),
+            (guessed is not None and right > guessed, f"{right} guesses right of {guessed}"),
+            (right > decoded, f"{right} guesses right of {decoded} decoded tokens"),
+        ):
+            if wrong:
+                yield Check(
+                    name="counts_possible", status=WARN, detail=f"repeat {number}: {told}; these counts are wrong"
+                )
+                return
+    yield Check(
+        name="counts_possible", status=PASS, detail="guessed and reused tokens are among those written and asked"
+    )

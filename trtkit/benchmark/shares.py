@@ -16,6 +16,7 @@ from trtkit.spec.limits import matmul_limit, read_limit
 from trtkit.spec.measured import Measured, Source
 from trtkit.spec.plan import BuildPlan
 from trtkit.spec.result import MetricResult
+from trtkit.spec.speculation import most_tokens_a_step
 from trtkit.spec.units import MS_PER_S
 from trtkit.spec.workload import Workload
 
@@ -137,7 +138,10 @@ def shares(
     if (tpot := _value(metrics, "tpot_ms", "p50")) and known:
         note = f"decode step of {batch}: the longer of bytes / read rate and operations / matmul rate, / TPOT p50"
         result["tpot_ms"] = _share(least.step_s * MS_PER_S / tpot, note)
-    guessing = None if per_step is None else floor(plan, workload, limits, batch, per_step=per_step)
+    guessing = None
+    if per_step is not None:
+        per_step = min(per_step, most_tokens_a_step(plan.speculation))
+        guessing = floor(plan, workload, limits, batch, per_step=per_step)
     if (tps := _value(metrics, "tps", "value")) and guessing is not None:
         least = guessing
         seconds = batch * least.prefill_s + (workload.osl - 1) * least.step_s

@@ -26,6 +26,8 @@ _SWITCH = {"yes": True, "on": True, "no": False, "off": False}
 class SpeculationSpec:
     """Guessing up to `max_draft_tokens` tokens a step from earlier occurrences of the last `max_ngram` tokens, or fewer.
 
+    The embedded engine looks for two at least, unless `max_ngram` is 1; TensorRT-LLM goes down to one.
+
     `adaptive` stops guessing for a request whose guesses are mostly wrong; without it every step guesses when it can,
     which is what a measurement of the cost of checking wants.
     """
@@ -55,6 +57,11 @@ class SpeculationSpec:
 def decode_rows(max_batch_size: int, draft_tokens: int) -> int:
     """Rows of the largest decode step: a full batch with its guesses, at most 64 unless the batch itself is larger."""
     return max(max_batch_size, min(MOST_DRAFT_TOKENS + 1, max_batch_size * (1 + draft_tokens)))
+
+
+def most_tokens_a_step(spec: SpeculationSpec | None) -> int:
+    """Tokens that a decode step gives a request at most: one, and one for each guess."""
+    return 1 if spec is None else 1 + spec.max_draft_tokens
 
 
 def speculation_label(spec: SpeculationSpec | None) -> str:

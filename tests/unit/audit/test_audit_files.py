@@ -224,6 +224,8 @@ def test_a_gpu_record_with_speculation_is_held_against_all_its_guesses_and_again
     assert limits(guessing, 0) == [pytest.approx(tpot_ms / 4, abs=1e-3), tps]
     assert limits(guessing, tokens // 2)[1] == pytest.approx(2 * tps, rel=1e-3)
     assert limits(guessing, None)[1] == pytest.approx(4 * tps, rel=1e-3)
+    assert limits(guessing, tokens - 1)[1] == pytest.approx(4 * tps, rel=1e-3), "no step gives more than its guesses"
+    assert limits(plan, tokens // 2)[1] == tps, "and without guesses none gives more than one"
 
 
 def test_a_gpu_record_with_block_reuse_is_held_against_what_it_had_to_compute():

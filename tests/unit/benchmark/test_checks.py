@@ -86,3 +86,17 @@ def test_a_policy_that_never_evicted_is_not_called_by_its_name() -> None:
 
 def test_nothing_completed_skips_what_needs_requests() -> None:
     assert status(repeat(sample(error="x")), "littles_law") == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({"prompt_tokens_reused": 12, "draft_tokens": 9, "accepted_tokens": 9}, "pass"),
+        ({"prompt_tokens_reused": 13}, "warn"),
+        ({"draft_tokens": 3, "accepted_tokens": 4}, "warn"),
+        ({"draft_tokens": 99, "accepted_tokens": 10}, "warn"),
+        ({"draft_tokens": None, "accepted_tokens": None, "prompt_tokens_reused": 1}, "pass"),
+    ],
+)
+def test_counts_of_guesses_and_reuse_that_cannot_be_are_named(counts: dict[str, int], expected: str) -> None:
+    assert status(repeat(*GOOD.samples, **counts), "counts_possible") == expected

@@ -207,6 +207,15 @@ def test_our_engines_floor_reads_what_it_holds_and_not_what_the_checkpoint_store
     assert floor(ours, LOAD, limits(multiply=1e15), 1).step_s == pytest.approx(held / 1e9)
 
 
+def test_counts_that_no_step_could_give_do_not_lower_the_floor() -> None:
+    guessing = replace(PLAN, speculation=SpeculationSpec(max_draft_tokens=1))
+    metrics = compute_metrics([repeat(sample())], LOAD)
+    rates = limits(multiply=1e15)
+    two = shares(guessing, LOAD, metrics, rates, per_step=2.0)["tps"]
+    assert shares(guessing, LOAD, metrics, rates, per_step=50.0)["tps"] == two
+    assert shares(PLAN, LOAD, metrics, rates, per_step=50.0)["tps"] == shares(PLAN, LOAD, metrics, rates)["tps"]
+
+
 @pytest.mark.parametrize(
     ("accepted", "tokens"), [([0, 0], 1.0), ([2, 2], 2.0), ([1, 2], 8 / 5), ([0, None], None), ([8, 0], 1.0)]
 )
