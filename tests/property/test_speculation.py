@@ -206,7 +206,7 @@ def test_the_index_finds_what_a_search_through_the_text_finds(
 
 
 def _searched(text: list[int], longest: int, most: int) -> list[int]:
-    for length in range(min(longest, len(text) - 1), 0, -1):
+    for length in range(min(longest, len(text) - 1), min(2, longest) - 1, -1):
         for start in range(len(text) - length - 1, -1, -1):
             if text[start : start + length] == text[-length:]:
                 grown = list(text)

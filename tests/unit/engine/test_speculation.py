@@ -144,9 +144,13 @@ def test_a_repeating_text_is_guessed_from_itself() -> None:
     sequence.output_ids += [9]
     assert proposer.propose(sequence, 6) == [], "9 is new"
     sequence.output_ids += [5]
-    assert proposer.propose(sequence, 2) == [6, 9], "the latest 5 was followed by these"
+    assert proposer.propose(sequence, 2) == [], "one token says too little"
     sequence.output_ids += [6]
-    assert proposer.propose(sequence, 1) == [9]
+    assert proposer.propose(sequence, 2) == [9, 5], "the latest 5, 6 was followed by these"
+    single = NgramProposer(1)
+    assert single.propose(sequence, 1) == [9]
+    sequence.output_ids += [9, 5]
+    assert single.propose(sequence, 2) == [6, 9], "one token is enough where one is asked for"
 
 
 def test_the_longest_match_wins_over_a_later_shorter_one() -> None:
@@ -168,6 +172,34 @@ def test_a_request_whose_guesses_are_wrong_is_soon_left_alone(opened: Any) -> No
 
     assert drafted(False) == 2 * 97 + 1, "every step but the first, the last, and the one with a single token to guess"
     assert 0 < drafted(True) <= 24
+
+
+def test_a_pause_doubles_with_each_failed_trial_and_halves_with_a_right_guess() -> None:
+    scheduler, step = _step(1)
+    sequence = step.feeds[0].sequence
+    sequence.max_new_tokens = 10_000
+
+    class Always(Knows):
+        def propose(self, sequence: Sequence, most: int) -> Seq[int]:
+            return [9] * most
+
+    speculator = Speculator(SpeculationSpec(max_draft_tokens=4), scheduler, None, Always())
+
+    def pause_before(accepted: int) -> int:
+        before = len(sequence.output_ids)
+        while not speculator.guess(step)[0]:
+            sequence.output_ids.append(9)
+        speculator.settle(sequence, 4, accepted)
+        return len(sequence.output_ids) - before
+
+    assert [pause_before(0) for _ in range(5)] == [0] * 5, "a new request is trusted for five steps"
+    assert [pause_before(0) for _ in range(6)] == [8, 16, 32, 64, 128, 128]
+    assert [pause_before(1), pause_before(0), pause_before(0), pause_before(0)] == [128, 0, 0, 64]
+    assert pause_before(4) == 128
+    assert [pause_before(4) for _ in range(4)] == [0] * 4
+    while not pause_before(0):
+        pass
+    assert pause_before(0) == 16, "five right steps have brought the pause down to the least, and this is the second"
 
 
 def test_guesses_preempt_nobody_and_take_no_block_that_is_not_free() -> None:

@@ -113,7 +113,7 @@ def test_sampling_does_not_wait_either() -> None:
 @pytest.mark.usefixtures("_opaque_kernels")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_checking_guesses_does_not_wait_before_the_step_is_collected(temperature: float) -> None:
-    speculation = SpeculationSpec(max_draft_tokens=4, adaptive=False)
+    speculation = SpeculationSpec(max_draft_tokens=4, max_ngram=1, adaptive=False)
     watching = _watched("full", Sampling(temperature=temperature, seed=1), speculation)
     assert not watching.read, sorted(set(watching.read))
     assert "index_copy_" in watching.seen
