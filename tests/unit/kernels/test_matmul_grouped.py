@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from support.grouped_weights import grouped_problem
@@ -72,6 +73,39 @@ def test_the_weight_on_the_left_gives_the_float64_product(tokens, bits, group):
     out = torch.full((tokens, 70), torch.nan, dtype=torch.float16)
     triton_matmul_grouped.fused_linear(x, weight, scale, zero, bias, out, tile=tile)
     assert_close(out, expected, torch.float16)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_any_tile_at_odd_shapes_gives_the_float64_product_and_touches_nothing_else(seed):
+    """Every tile of a GPU; scales of either sign and of nothing; NaN beside the activations, results beside the result."""
+    generator = np.random.default_rng(seed)
+
+    def draw(among):
+        return among[int(generator.integers(len(among)))]
+
+    tokens, outputs = draw([1, 7, 8, 9, 16, 17, 33, 64, 65, 128, 129]), draw([1, 3, 31, 65, 127, 257])
+    group, groups, bits = draw(matmul_tiles.GROUPS), draw([1, 2, 3, 5, 9]), draw([4, 8])
+    dtype, zeros, bias = draw([torch.float16, torch.bfloat16]), draw([True, False]), draw([True, False])
+    x, weight, scale, zero, addend, _ = grouped_problem(
+        tokens, outputs, group * groups, group, bits, dtype, zeros=zeros, bias=bias, seed=seed
+    )
+    scale = (scale * torch.randn(scale.shape, generator=torch.Generator().manual_seed(seed)).sign()).to(
+        draw([dtype, torch.float32])
+    )
+    scale[:, -1] = 0
+    wide = dequantise_groups(weight, scale, zero).double()
+    expected = x.double() @ wide.T + (0 if addend is None else addend.double())
+    around = torch.full((tokens, x.shape[1] + draw([0, 3, 8])), torch.nan, dtype=dtype)
+    around[:, : x.shape[1]] = x
+    beside = torch.full((tokens, outputs + draw([0, 5])), 7.0, dtype=dtype)
+    tile = draw(matmul_tiles.grouped_tiles(matmul_tiles.token_width(tokens, matmul_tiles.GROUPED_WIDTHS), group))
+    triton_matmul_grouped.fused_linear(
+        around[:, : x.shape[1]], weight, scale, zero, addend, beside[:, :outputs], tile=tile
+    )
+    largest = x.double().abs() @ wide.abs().T + 1
+    assert ((beside[:, :outputs].double() - expected).abs() <= EPS[dtype] * largest).all()
+    assert (beside[:, outputs:] == 7).all()
+    assert not triton_matmul.counters_of(x.device).any()
 
 
 def test_pieces_of_a_long_sum_give_the_same_bits_every_time_and_leave_the_counters_at_zero():

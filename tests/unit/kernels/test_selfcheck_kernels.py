@@ -65,12 +65,12 @@ def test_kernels_of_a_family_pass(family):
 @pytest.mark.slow
 def test_kernels_pass_at_odd_shapes(monkeypatch):
     monkeypatch.setattr(check_odd, "VOCABULARIES", [(4097, torch.bfloat16)])
-    monkeypatch.setattr(check_odd, "SHAPES", [check_odd.SHAPES[0], check_odd.SHAPES[3]])
+    monkeypatch.setattr(check_odd, "SHAPES", [check_odd.SHAPES[3]])
     monkeypatch.setattr(check_odd, "ROWS", [(1, 1)])
     monkeypatch.setattr(check_odd, "_LONG", 4096)
     rows = self_check(torch.device("cpu"), SHAPE, families=set(dispatch.FAMILIES) - {"matmul"}, thorough=True)
     assert [row for row in rows if not row.ok] == []
-    assert len([row for row in rows if row.name.startswith("odd shapes")]) > 16
+    assert len([row for row in rows if row.name.startswith("odd shapes")]) > 14
 
 
 @pytest.mark.parametrize(
