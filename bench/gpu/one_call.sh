@@ -60,6 +60,7 @@ finish() {
   # What sends one signal often sends a second, to everybody; the table and the log are written all the same.
   trap '' TERM INT HUP
   end_children
+  [ -z "$running" ] || ended="$ended $running ended by a signal;"
   rm -f "$out"/.*.json.*.tmp  # of a writer that was killed
   timeout --kill-after=5 60 python3 "$here/summary.py" "$out" --stages "$stages" >"$out/summary.txt"
   status=$?
@@ -67,10 +68,11 @@ finish() {
   timeout --kill-after=5 60 python3 "$here/recompute.py" "$out" >"$scratch/recomputed" 2>&1
   echo "== recompute: exit $?" | tee -a "$log"
   tail -n 40 "$scratch/recomputed" >>"$log"
-  tail -n 1 "$scratch/recomputed" >>"$out/summary.txt"
+  { tail -n 1 "$scratch/recomputed"; echo "stages, exit codes:$ended (124 and 137: its time was over; what it had done is kept)"; } >>"$out/summary.txt"
   cat "$out/summary.txt"
   exit "$status"
 }
+ended="" running=""
 trap finish TERM INT HUP
 : >"$log"
 
@@ -119,17 +121,21 @@ for index in "${!asked[@]}"; do
   share=$((left * $(weight_of "$stage") / total))
   if [ "$share" -lt 5 ]; then
     echo "== $stage: not begun, $left s left" | tee -a "$log"
+    ended="$ended $stage not begun;"
     continue
   fi
   echo "== $stage: at most $share s" | tee -a "$log"
   began=$SECONDS
+  running="$stage"
   inner=$((share > 20 ? share - 8 : share))
   command_of "$stage"
   run "$share" python3 "${command[@]}" --time-limit-s "$inner" $rehearse
   status=$?
+  running=""
   # What was ended by force may hold its memory on the card for a moment longer.
   if [ "$status" -ge 124 ]; then sleep 3; fi
   echo "== $stage: exit $status after $((SECONDS - began)) s" | tee -a "$log"
+  ended="$ended $stage $status;"
   if [ "$stage" = selfcheck ]; then
     # A kernel that takes the CUDA context with it would take every later stage too.
     fatal="$(python3 "$here/selfcheck.py" --fatal "$out/selfcheck.json" 2>>"$log")"

@@ -25,7 +25,7 @@ from trtkit.spec.measured import Measured
 from trtkit.spec.units import GB, GIB
 
 MOST_LINES = 70
-"""One more follows: what recomputing found."""
+"""Two more follow: what recomputing found, and how the stages ended."""
 STAGE_FILES = {
     "probe": "probe.json",
     "selfcheck": "selfcheck.json",
