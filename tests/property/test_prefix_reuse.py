@@ -5,6 +5,7 @@ Sizes are small and vocabularies tiny, so that prompts meet by chance as well as
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from support.engine_models import make_hf, open_hf
 
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.sequence import Sequence
+from trtkit.engine.step import StepInput
 from trtkit.spec.engine import FinishReason, Request, Sampling
 from trtkit.spec.speculation import SpeculationSpec
 
@@ -175,3 +177,49 @@ def test_reuse_and_guessing_together_change_no_token(
     )
     _same(told, _told(both, load), load)
     _same(told, _told(both, load), load)
+
+
+class BrokenError(Exception):
+    """What a launch raises."""
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    load=st.lists(works, min_size=1, max_size=6),
+    options=engines,
+    drafts=st.integers(0, 6),
+    opened=st.sampled_from([open_hf, open_device]),
+    fails_at=st.integers(0, 12),
+    half_done=st.booleans(),
+)
+def test_what_a_failed_step_was_to_write_is_never_read(
+    load: list[Work],
+    options: dict[str, int],
+    drafts: int,
+    opened: Callable[..., EmbeddedEngine],
+    fails_at: int,
+    half_done: bool,
+) -> None:
+    told = _told(opened(_hf(), max_seq_len=64, **options), load)
+    guesses = SpeculationSpec(max_draft_tokens=drafts, adaptive=False) if drafts else None
+    engine = opened(
+        _hf(), max_seq_len=64, enable_block_reuse=True, speculation=guesses, proposer=HalfRight(told), **options
+    )
+    launch, steps = engine._runner.launch, iter(range(1000))
+
+    def breaks(step: StepInput) -> Any:
+        fails = next(steps) == fails_at
+        if fails and not half_done:
+            raise BrokenError
+        launched = launch(step)
+        if fails:
+            raise BrokenError
+        return launched
+
+    engine._runner.launch = breaks  # type: ignore[method-assign]
+    with contextlib.suppress(BrokenError):
+        _told(engine, load)
+    engine._runner.launch = launch  # type: ignore[method-assign]
+    engine.check()
+    assert engine.kv_stats().blocks_used == 0
+    _same(told, _told(engine, load), load)
