@@ -30,8 +30,8 @@ class Draw:
 class StepInput:
     """One step: `draws` has one entry per row, None where no token follows.
 
-    A row with drafts draws one token more for each of them, its indices counting on. `new_blocks` were allocated since
-    the last step.
+    A row with drafts draws one token more for each of them, its indices counting on; after a wrong draft nobody looks at
+    them, but for NaN. `new_blocks` were allocated since the last step.
     """
 
     rows: list[RowInput]
