@@ -294,7 +294,7 @@ class EmbeddedEngine:
             sequence.take_back(wrong)
             self._scheduler.trim(sequence)
         if spoilt:
-            # It is fed into its slot again. The block stays, for others may have found it by its tokens.
+            # It is fed into its slot again. Nobody has found its block yet: a single token's is published once it went well.
             sequence.take_back(1)
 
     def _append(self, sequence: Sequence, index: int, token: int, now_ns: int) -> TokenEvent:
