@@ -32,7 +32,7 @@ _SAMPLING_BYTES = 48
 """Peak of drawing a token, per logit: sorted values and ids, probabilities and their sums in float64 (counted)."""
 
 
-_WARM_TOKENS = (24, 48, 128, 256, 512, 1024, 2048)
+_WARM_TOKENS = (12, 24, 48, 128, 256, 512, 1024, 2048)
 """Prompts that bring every kernel of small steps to be compiled and tuned before a request waits for it. They come after
 the largest step, on which kernels that are tuned but once should choose."""
 

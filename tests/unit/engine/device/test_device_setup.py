@@ -13,7 +13,7 @@ from trtkit.engine.device import setup
 from trtkit.engine.device.setup import checked_kernels, device_needs, eviction_bytes, prompt_step
 from trtkit.engine.open import chosen_device, open_tensors
 from trtkit.engine.weights import weights_from_tensors
-from trtkit.kernels.matmul_tiles import WIDTHS, token_width
+from trtkit.kernels.matmul_tiles import GROUPED_WIDTHS, WIDTHS, token_width
 from trtkit.spec.dtype import DType
 from trtkit.spec.engine import Request
 from trtkit.spec.kv import KVPolicySpec, parse_kv_policy
@@ -90,5 +90,9 @@ def test_auto_means_a_gpu_only_where_the_plan_is_for_one(monkeypatch: pytest.Mon
     assert chosen_device("auto", "h100-sxm") == "cpu"
 
 
-def test_prompts_of_the_warm_up_bring_every_width_of_the_matrix_kernel_that_a_decode_step_does_not() -> None:
-    assert {token_width(tokens) for tokens in setup._WARM_TOKENS} == set(WIDTHS) - {token_width(1)}
+@pytest.mark.parametrize("widths", [WIDTHS, GROUPED_WIDTHS])
+def test_prompts_of_the_warm_up_bring_every_width_of_the_matrix_kernels_that_a_decode_step_does_not(
+    widths: tuple[int, ...],
+) -> None:
+    warm = {token_width(tokens, widths) for tokens in setup._WARM_TOKENS}
+    assert warm | {token_width(1, widths)} == set(widths)
