@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -40,7 +41,10 @@ LAUNCHES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRow:
-    """One thing measured. `value` in `unit` is None in a rehearsal; `ok` is False where the result was wrong."""
+    """One thing measured. `value` in `unit` is None in a rehearsal; `ok` is False where the result was wrong.
+
+    Raw times are the timing's, or `raw_s` on the host.
+    """
 
     name: str
     value: float | None
@@ -51,6 +55,7 @@ class ProbeRow:
     clocks_after: Clocks = field(default_factory=Clocks)
     ok: bool = True
     note: str = ""
+    raw_s: tuple[float, ...] = ()
 
 
 class Probe:
@@ -181,7 +186,9 @@ class Probe:
                 run()
             rounds.append((time.perf_counter() - started) / calls)
         torch.cuda.synchronize()
-        row = ProbeRow(name=name, value=sorted(rounds)[4], unit="s", clocks_after=clocks(), note="host time")
+        row = ProbeRow(
+            name=name, value=median(rounds), unit="s", clocks_after=clocks(), note="host time", raw_s=tuple(rounds)
+        )
         self._keep(row, limit)
 
     def _keep(self, row: ProbeRow, limit: str) -> None:

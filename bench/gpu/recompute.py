@@ -5,7 +5,7 @@
 llama70b.json: every metric with its interval from raw token times, validity from the raw identities, floors and shares from
 the plan's shape and the record's ceilings, price from throughput. kernels.json: medians and percentiles from the samples,
 floors and shares from the recorded work and ceilings. h2o.json: steps from single gaps, ratios of rounds, gain in flight.
-peers.json: every round from the times of its tokens. Prints a line for each difference and the sum of all last; exit 1 if there is one, or nothing was there to recompute.
+probe.json: every rate and ceiling. peers.json: every round from the times of its tokens. Prints a line for each difference and the sum of all last; exit 1 if there is one, or nothing was there to recompute.
 """
 
 from __future__ import annotations
@@ -67,6 +67,25 @@ def _kernel_floor(row: Json, limits: Json) -> float | None:
     return 1e6 * max(parts)
 
 
+def probe_differences(record: Json) -> Differences:
+    """Every rate from its samples, and each ceiling from the row that it names."""
+    found = Differences()
+    rows = {row["name"]: row for row in record["rows"]}
+    for name, row in rows.items():
+        timing, work = row["timing"], row["bytes_moved"] or row["flops"]
+        if timing:
+            _timing(found, name, timing)
+            seconds = timing["median_us"] / 1e6
+            found.same(f"{name}: value", row["value"], seconds if row["unit"] == "s" else work / seconds)
+        elif row["raw_s"]:
+            found.same(f"{name}: value", row["value"], float(np.median(row["raw_s"])))
+    for key, limit in record["limits"].items():
+        row = rows.get(limit["note"].removesuffix(", median"))
+        found.same(f"{key}: of a right result", bool(row and row["ok"]), True)
+        found.same(key, limit["value"], row and row["value"])
+    return found
+
+
 def h2o_differences(record: Json) -> Differences:
     """Every row of h2o.json."""
     found = Differences()
@@ -124,6 +143,7 @@ def peer_differences(record: Json) -> Differences:
 
 KINDS: dict[str, Callable[[Json], Differences]] = {
     "gpu-llama70b": llama_differences,
+    "gpu-probe": probe_differences,
     "gpu-kernels": kernel_differences,
     "gpu-h2o": h2o_differences,
     "gpu-peers": peer_differences,

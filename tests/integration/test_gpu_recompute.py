@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.gpu import common, forecast, h2o, kernel_bench, llama70b, recompute, recompute_cells, recount
+from bench.gpu import common, forecast, h2o, kernel_bench, llama70b, probe, recompute, recompute_cells, recount
 from bench.gpu import rows as table
 from bench.gpu.h2o_runs import Setup
 from trtkit.benchmark.shares import floor
@@ -208,6 +208,40 @@ def test_a_changed_time_of_a_kernel_is_found(key: str) -> None:
     record = kernel_record()
     record["rows"][0]["timing"][key] += 0.01
     assert recompute.kernel_differences(record)
+
+
+def probe_record() -> dict[str, Any]:
+    """Rows as a real run makes them, with times that are made up."""
+    rng = np.random.default_rng(5)
+    taken = SimpleNamespace(rows=[], limits={})
+    session = SimpleNamespace(
+        rehearsal=True, record=taken, add=taken.rows.append, device=torch.device("cpu"),
+        time=lambda _call, **_: common._timing(rng.uniform(10, 20, 8).tolist(), 4, "graph", ""),
+    )  # fmt: skip
+    made = probe.Probe(session)  # type: ignore[arg-type]
+    made._row("read", print, bytes_moved=1 << 20, limit=READ_BYTES_S)
+    made._row("product", print, flops=1e9, limit=matmul_key(DType.BF16))
+    made._row("node", print, unit="s", limit="graph_node_s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        made._host_time("launch", lambda: None, limit="launch_s")
+    return json.loads(json.dumps(to_plain({"rows": taken.rows, "limits": taken.limits})))
+
+
+def test_ceilings_are_recomputed_from_their_samples_and_a_changed_one_is_found() -> None:
+    found = recompute.probe_differences(probe_record())
+    assert list(found) == []
+    assert found.compared == 3 * 6 + 1 + 2 * 4
+    for index in range(4):
+        record = probe_record()
+        record["rows"][index]["value"] *= 1.01
+        assert len(recompute.probe_differences(record)) == 2
+    record = probe_record()
+    record["rows"][0]["timing"]["raw_us"][0] += 5.0
+    record["limits"][READ_BYTES_S]["value"] *= 2
+    record["rows"][1]["ok"] = False
+    told = "\n".join(recompute.probe_differences(record))
+    assert all(words in told for words in ("read: ", f"{READ_BYTES_S}: recorded", "of a right result"))
 
 
 @pytest.fixture(scope="module")
