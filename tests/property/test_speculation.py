@@ -54,14 +54,17 @@ works = st.builds(
 engines = st.fixed_dictionaries(
     {
         "blocks": st.integers(14, 40),
-        "max_batch_size": st.integers(1, 6),
-        "max_num_tokens": st.integers(7, 64),
+        "max_batch_size": st.integers(1, 9),
+        "max_num_tokens": st.integers(1, 90),
         "tokens_per_block": st.sampled_from([1, 2, 4, 5]),
         "enable_block_reuse": st.booleans(),
     }
 )
 speculations = st.builds(
-    SpeculationSpec, max_draft_tokens=st.integers(1, 8), max_ngram=st.integers(1, 4), adaptive=st.booleans()
+    SpeculationSpec,
+    max_draft_tokens=st.integers(1, 8) | st.just(63),
+    max_ngram=st.integers(1, 4),
+    adaptive=st.booleans(),
 )
 
 
@@ -89,7 +92,7 @@ def _request(index: int, work: Work) -> Request:
         max_tokens=work.new,
         sampling=Sampling(temperature=work.temperature, seed=index),
         stop_ids=() if work.stops is None else (work.stops, work.stops + 1),
-        ignore_eos=True,
+        ignore_eos=work.stops is None,
     )
 
 
