@@ -219,7 +219,7 @@ class Session:
             except _survivable() as error:
                 if self.rehearsal:
                     raise
-                self.record.notes.append(f"{name}: {type(error).__name__}: {_first_line(error)}")
+                self.record.notes.append(f"{name}: {type(error).__name__}: {first_line(error)}")
                 self.write()
                 if _context_is_lost():
                     self._start_again(index + 1)
@@ -281,7 +281,7 @@ def time_on_gpu(call: Call, copies: int = 1, *, budget_s: float = 0.3) -> Timing
             run, how = _captured(call, count), "graph"
         except (RuntimeError, AssertionError) as error:
             torch.cuda.synchronize()
-            note = f"not captured: {_first_line(error)}"
+            note = f"not captured: {first_line(error)}"
     run()
     torch.cuda.synchronize()
     samples, deadline = [], time.monotonic() + budget_s
@@ -350,8 +350,14 @@ def _device(*, rehearsal: bool) -> torch.device:
 
 
 def _survivable() -> tuple[type[Exception], ...]:
-    """What one item may fail with: too little memory, a kernel that does not compile or run, a function not there."""
-    found: list[type[Exception]] = [RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError]
+    """What one item may fail with: too little memory, a kernel that does not compile or run, a function not there.
+
+    Nobody is there to start again, so whatever a compiler or a library raises costs its item and not those after it.
+    """
+    found: list[type[Exception]] = [
+        *(RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError),
+        *(LookupError, ArithmeticError, OSError),
+    ]
     with contextlib.suppress(ImportError):
         from triton.errors import TritonError
 
@@ -410,5 +416,5 @@ def _timing(samples: Sequence[float], count: int, how: str, note: str) -> Timing
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:300]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.gpu.common import Call, Session, Timing, errors
+from bench.gpu.common import Call, Session, Timing, errors, first_line
 from trtkit.kernels.dispatch import disabled, use_triton
 from trtkit.plan.names import gpu_word
 from trtkit.spec.catalog import gpu_spec
@@ -174,10 +174,10 @@ class Bench:
         if case.other is not None:
             try:
                 theirs = session.time(case.other.call, case.copies)
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 if session.rehearsal:
                     raise
-                note = f"{note}; torch's way failed: {str(error).splitlines()[0][:160]}".lstrip("; ")
+                note = f"{note}; torch's way failed: {type(error).__name__}: {first_line(error)[:160]}".lstrip("; ")
         floor_us, limit_by = floor(case.work, self.limits)
         sheet_us, _ = floor(case.work, self.datasheet)
         median = timing.median_us if timing else None

@@ -387,6 +387,43 @@ def test_a_failing_item_is_noted_and_an_item_without_time_is_listed(tmp_path, mo
     assert (data["complete"], data["not_run"], data["lines"]) == (False, ["long"], ["done"])
 
 
+@pytest.mark.parametrize("error", [KeyError("a compiler's"), ZeroDivisionError("rate"), OSError("no cache")], ids=repr)
+def test_whatever_an_item_fails_with_costs_no_other(tmp_path, monkeypatch, error):
+    session = session_for(tmp_path)
+    real_run(session, monkeypatch)
+    ran = []
+
+    def fail():
+        raise error
+
+    session.items([("bad", 1.0, fail), ("next", 1.0, lambda: ran.append(1))])
+    assert ran == [1]
+    assert session.record.notes == [f"bad: {type(error).__name__}: {error}"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError(""), AttributeError("no such operation")], ids=repr)
+def test_torchs_way_may_fail_without_a_word_and_ours_is_kept(error):
+    def timed(call, _copies):
+        call(0)
+        return common._timing([1.0, 2.0], 1, "graph", "")
+
+    def fail(_):
+        raise error
+
+    rows = []
+    session = types.SimpleNamespace(rehearsal=False, device=torch.device("cpu"), time=timed, add=rows.append)
+    kernel_bench.Bench(session=session, scale=kernel_bench.TINY).measure(
+        kernel_bench.Case(
+            family="matmul", name="one", shape={"T": 1}, dtype="int8", call=lambda _: None, bound=0.1,
+            work=kernel_bench.Work(bytes_moved=8), check=lambda: [(torch.ones(2), torch.ones(2))],
+            other=kernel_bench.Other(name="theirs", call=fail),
+        )
+    )  # fmt: skip
+    assert rows[0].timing.median_us == 1.5
+    assert rows[0].torch_timing is None
+    assert rows[0].note == f"torch's way failed: {type(error).__name__}: {error}"
+
+
 def test_a_lost_context_starts_the_script_again_after_the_guilty_item(tmp_path, monkeypatch):
     session = session_for(tmp_path)
     real_run(session, monkeypatch)
