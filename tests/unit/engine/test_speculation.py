@@ -202,6 +202,17 @@ def test_a_pause_doubles_with_each_failed_trial_and_halves_with_a_right_guess() 
     assert pause_before(0) == 16, "five right steps have brought the pause down to the least, and this is the second"
 
 
+@pytest.mark.parametrize("opened", OPENED)
+def test_blocks_of_wrong_guesses_are_free_before_the_next_step(opened: Any) -> None:
+    engine = opened(_hf(), speculation=FOUR, proposer=Knows(wrong=4), tokens_per_block=1)
+    peak = 0
+    for event in engine.generate([_request()]):
+        fed = 0 if event.finish else len(PROMPT) + event.index
+        assert engine.kv_stats().blocks_used == fed, "the newest token is not fed yet"
+        peak = max(peak, engine.kv_stats().blocks_peak)
+    assert peak == len(PROMPT) + 20, "guesses never reach beyond the last token, which is not fed"
+
+
 def test_guesses_preempt_nobody_and_take_no_block_that_is_not_free() -> None:
     pool = BlockPool(8)
     scheduler = Scheduler(Limits(max_batch_size=2, max_num_tokens=64, tokens_per_block=4), pool)
