@@ -63,12 +63,12 @@ def read_packing(directory: Path) -> Packing | None:
         return None
     path, settings = found
     method = settings.get("quant_method", AWQ if "w_bit" in settings else GPTQ)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UnsupportedError(
             f"{path}: quantised with {str(method)[:40]}; trtkit converts 16-bit weights and {', '.join(METHODS.values())}"
         )
     packing = {GPTQ: _gptq, AWQ: _awq, COMPRESSED: _compressed}[method](path, settings)
-    if packing.bits not in _BITS[method]:
+    if type(packing.bits) is not int or packing.bits not in _BITS[method]:
         raise UnsupportedError(
             f"{path}: bits is {packing.bits!r}; trtkit converts {METHODS[method]} with {' or '.join(map(str, _BITS[method]))} "
             "bits (or the unquantised model)"
@@ -138,9 +138,9 @@ def _gptq(path: Path, settings: Mapping[str, Any]) -> Packing:
         method=GPTQ,
         bits=settings.get("bits", 0),
         group_size=group,
-        symmetric=settings.get("sym", True) is not False,
+        symmetric=_switch(path, settings, "sym", default=True),
         zero_less=0 if settings.get("checkpoint_format") == "gptq_v2" else 1,
-        reordered=bool(settings.get("desc_act", False)) and group > 0,
+        reordered=_switch(path, settings, "desc_act", default=False) and group > 0,
     )
 
 
@@ -152,19 +152,19 @@ def _awq(path: Path, settings: Mapping[str, Any]) -> Packing:
         method=AWQ,
         bits=settings.get("bits", settings.get("w_bit", 0)),
         group_size=_group_size(path, settings.get("group_size", settings.get("q_group_size", -1))),
-        symmetric=settings.get("zero_point", True) is False,
+        symmetric=not _switch(path, settings, "zero_point", default=True),
     )
 
 
 def _compressed(path: Path, settings: Mapping[str, Any]) -> Packing:
-    layout, groups = settings.get("format"), settings.get("config_groups") or {}
+    layout, groups = settings.get("format"), _object(path, "config_groups", settings.get("config_groups") or {})
     if layout != "pack-quantized" or len(groups) != 1:
         raise UnsupportedError(
             f"{path}: compressed-tensors in format {layout!r} with {len(groups)} groups of layers; trtkit converts "
             "pack-quantized with one"
         )
-    (group,) = groups.values()
-    weights = group.get("weights") or {}
+    group = _object(path, "a group of layers", next(iter(groups.values())))
+    weights = _object(path, "weights", group.get("weights") or {})
     if group.get("input_activations") or weights.get("type", "int") != "int" or weights.get("actorder"):
         raise UnsupportedError(
             f"{path}: compressed-tensors with quantised activations, floating-point weights or activation order; trtkit "
@@ -176,7 +176,7 @@ def _compressed(path: Path, settings: Mapping[str, Any]) -> Packing:
         method=COMPRESSED,
         bits=weights.get("num_bits", 0),
         group_size=_group_size(path, weights.get("group_size") or -1),
-        symmetric=weights.get("symmetric", True) is not False,
+        symmetric=_switch(path, weights, "symmetric", default=True),
     )
 
 
@@ -186,11 +186,26 @@ def _group_size(path: Path, group: Any) -> int:  # noqa: ANN401 - parsed JSON
     return max(group, 0)
 
 
+def _switch(path: Path, settings: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    found = settings.get(name)
+    if found is None:
+        return default
+    if not isinstance(found, bool):
+        raise InputError(f"{path}: {name} is {str(found)[:40]!r}, expected true or false")
+    return found
+
+
+def _object(path: Path, what: str, found: Any) -> Mapping[str, Any]:  # noqa: ANN401 - parsed JSON
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: {what} is {str(found)[:40]!r}, expected an object")
+    return found
+
+
 def _quantisation(directory: Path) -> tuple[Path, Mapping[str, Any]] | None:
     path = directory / "config.json"
     config = _json(path)
     if config.get("quantization_config"):
-        return path, config["quantization_config"]
+        return path, _object(path, "quantization_config", config["quantization_config"])
     for name in _OTHER_CONFIGS:
         if (directory / name).is_file():
             return directory / name, _json(directory / name)

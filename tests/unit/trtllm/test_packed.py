@@ -263,6 +263,29 @@ def test_weights_of_compressed_tensors_that_are_not_integers_in_order_are_refuse
         read_packing(source)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ("gptq", "quantization_config is 'gptq', expected an object"),
+        ({"quant_method": ["gptq"]}, "quantised with"),
+        ({"quant_method": "gptq", "bits": 4.0}, "bits is 4.0"),
+        ({"quant_method": "gptq", "bits": 4, "sym": "false"}, "sym is 'false', expected true or false"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": "false"}, "desc_act is 'false', expected true or false"),
+        ({"quant_method": "awq", "bits": 4, "zero_point": 0}, "zero_point is '0', expected true or false"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, r"config_groups is '\[1\]', expected an object"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": None}},
+            "a group of layers is 'None', expected an object",
+        ),
+    ],
+)
+def test_settings_of_another_type_are_refused_in_one_line(tmp_path: Path, settings: Any, says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    with pytest.raises((InputError, UnsupportedError), match=says) as caught:
+        read_packing(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 LAYER = "model.layers.0.mlp.gate_proj."
 
 
