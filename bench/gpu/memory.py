@@ -22,6 +22,7 @@ def placement(plan: BuildPlan) -> Placement:
         parallel=plan.parallel,
         limits=plan.limits,
         target=plan.target,
+        speculation=plan.speculation,
     )
 
 

@@ -47,6 +47,15 @@ def test_one_configuration_shows_memory_floor_and_forecast():
     assert "512/256 at max" in result.output
 
 
+def test_a_plan_that_build_would_refuse_says_so():
+    engine, ours = (
+        run("plan", "--model", "llama-3-8b", "--precision", "int4", "--target", target).output
+        for target in ("tensorrt", "embedded")
+    )
+    assert "not to be built: trtkit writes no int4 checkpoint for target tensorrt" in engine
+    assert "not to be built" not in ours
+
+
 def test_json_is_one_object_with_sources():
     result = run("plan", "--model", "llama-3-70b", "--gpu", "h100", "--precision", "int8", "--isl", "512", "--json")
     body = json.loads(result.stdout)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.tiny_checkpoints import ONE_LAYER
 from typer.testing import CliRunner
 
 from trtkit.backends import open_engine
@@ -18,21 +19,6 @@ from trtkit.spec.engine import Request, Sampling
 from trtkit.spec.result import BENCH_KIND, BenchResult
 
 runner = CliRunner()
-TINY = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
 
 
 def _invoke(*arguments: object) -> str:
@@ -53,7 +39,7 @@ def _refused(*arguments: object) -> str:
 def model(tmp_path: Path) -> Path:
     """The shape of a tiny model; its weights are made up when it is opened."""
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(ONE_LAYER))
     return tmp_path / "tiny"
 
 

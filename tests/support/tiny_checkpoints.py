@@ -37,6 +37,23 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": [2, 3],
 }
 
+ONE_LAYER: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+"""A model for engines of random weights: no rotary scaling, fp32."""
+
 
 def write_config(directory: Path, **changes: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)

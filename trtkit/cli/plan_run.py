@@ -26,6 +26,7 @@ from trtkit.spec.errors import OutputError, UsageError
 from trtkit.spec.kv import parse_kv_policy
 from trtkit.spec.model import ModelSpec
 from trtkit.spec.plan import BuildPlan, Limits, Parallelism
+from trtkit.trtllm.capabilities import unbuildable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,7 +166,9 @@ def _single(flags: PlanFlags) -> PlanAnswer:
     if model.num_layers % plan.parallel.pp:
         raise UsageError(f"pp={flags.pp} does not divide {model.name}'s {model.num_layers} layers")
     title = f"{model.name} as {precision.name} on {flags.tp * flags.pp} x {gpu.title}, KV {flags.kv}"
-    return ask(title, placement, precision, loads, load_prices(flags.prices))
+    answer = ask(title, placement, precision, loads, load_prices(flags.prices))
+    reason = unbuildable(plan)
+    return answer if reason is None else replace(answer, notes=(*answer.notes, f"not to be built: {reason}"))
 
 
 def _model(flags: PlanFlags) -> ModelSpec:
