@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.device_engines import Replays, open_device
 from support.engine_models import make_hf
+from support.random_loads import Told, assert_same, play
 
 from trtkit.engine.loop import EmbeddedEngine
-from trtkit.spec.engine import FinishReason, Request, Sampling
+from trtkit.spec.engine import Request, Sampling
 from trtkit.spec.kv import parse_kv_policy
 
 
@@ -65,32 +65,11 @@ def _request(index: int, work: Work) -> Request:
     )
 
 
-def _arrivals(load: list[Work]) -> Iterator[Request | None]:
-    for index, work in enumerate(load):
-        yield from [None] * work.waits
-        yield _request(index, work)
-
-
-def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, list[int]]:
-    """Tokens of each request, the books proved after every event; every request ends exactly once."""
-    tokens: dict[str, list[int]] = {}
-    ended: dict[str, FinishReason] = {}
-    for event in engine.generate(_arrivals(load)):
-        engine.check()
-        assert event.request_id not in ended, "nothing follows a request's end"
-        told = tokens.setdefault(event.request_id, [])
-        assert event.index == len(told)
-        if event.token_id is not None:
-            told.append(event.token_id)
-        if event.finish is not None:
-            ended[event.request_id] = event.finish
-        elif load[int(event.request_id)].cancel_after == event.index:
-            engine.cancel(event.request_id)
-    assert len(ended) == len(load)
-    assert engine.kv_stats().blocks_used == 0
+def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, Told]:
+    told = play(engine, load, _request)
     assert len(engine._runner._free) == engine.info.max_batch_size, "every place in the last tokens is free again"
     assert not engine._runner.observer._watched
-    return tokens
+    return told
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -99,9 +78,4 @@ def test_collecting_late_changes_no_token(load: list[Work], options: dict[str, i
     policy = parse_kv_policy("h2o:16")
     at_once = _told(open_device(_hf(), policy=policy, late=0, max_seq_len=64, **options), load)
     late = _told(open_device(_hf(), policy=policy, late=1, capture=Replays(), max_seq_len=64, **options), load)
-    for name, tokens in at_once.items():
-        # A cancellation takes effect a step later at most; what was told until then is the same.
-        shared = min(len(tokens), len(late[name]))
-        assert late[name][:shared] == tokens[:shared]
-        if load[int(name)].cancel_after is None:
-            assert late[name] == tokens
+    assert_same(load, at_once, late)

@@ -6,7 +6,7 @@ Sizes are small and vocabularies tiny, so that prompts meet by chance as well as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.device_engines import Replays, open_device
 from support.engine_models import make_hf, open_hf
+from support.random_loads import Told, assert_same, play
 
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.sequence import Sequence
 from trtkit.engine.step import StepInput
-from trtkit.spec.engine import FinishReason, Request, Sampling
+from trtkit.spec.engine import Request, Sampling
 from trtkit.spec.speculation import SpeculationSpec
 
 
@@ -82,43 +83,10 @@ def _request(index: int, work: Work) -> Request:
     )
 
 
-def _arrivals(load: list[Work]) -> Iterator[Request | None]:
-    for index, work in enumerate(load):
-        yield from [None] * work.waits
-        yield _request(index, work)
-
-
-def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, list[int]]:
-    """Tokens of each request, the books proved after every event; every request ends exactly once."""
-    tokens: dict[str, list[int]] = {}
-    ended: dict[str, FinishReason] = {}
-    for event in engine.generate(_arrivals(load)):
-        engine.check()
-        assert event.error is None
-        assert event.request_id not in ended, "nothing follows a request's end"
-        told = tokens.setdefault(event.request_id, [])
-        assert event.index == len(told)
-        if event.token_id is not None:
-            told.append(event.token_id)
-        if event.finish is not None:
-            ended[event.request_id] = event.finish
-        elif load[int(event.request_id)].cancel_after == event.index:
-            engine.cancel(event.request_id)
-    assert len(ended) == len(load)
-    engine.check()
-    stats = engine.kv_stats()
-    assert stats.blocks_used == 0
-    assert stats.requests_running == stats.requests_waiting == 0
-    return tokens
-
-
-def _same(plain: dict[str, list[int]], reusing: dict[str, list[int]], load: list[Work]) -> None:
-    for name, tokens in plain.items():
-        # A cancellation takes effect a step sooner or later; what was told until then is the same.
-        shared = min(len(tokens), len(reusing[name]))
-        assert reusing[name][:shared] == tokens[:shared]
-        if load[int(name)].cancel_after is None:
-            assert reusing[name] == tokens
+def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, Told]:
+    told = play(engine, load, _request)
+    assert [ended.error for ended in told.values()] == [None] * len(load)
+    return told
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -127,9 +95,9 @@ def test_reuse_changes_no_token_on_the_cpu_engine(load: list[Work], options: dic
     plain = open_hf(_hf(), max_seq_len=64, **options)
     reusing = open_hf(_hf(), max_seq_len=64, enable_block_reuse=True, **options)
     told = _told(plain, load)
-    _same(told, _told(reusing, load), load)
+    assert_same(load, told, _told(reusing, load))
     # A second time, on whatever the first has left.
-    _same(told, _told(reusing, load), load)
+    assert_same(load, told, _told(reusing, load))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -140,19 +108,19 @@ def test_reuse_changes_no_token_on_the_device_path(load: list[Work], options: di
         _hf(), max_seq_len=64, enable_block_reuse=True, late=late, capture=Replays() if late else None, **options
     )
     told = _told(plain, load)
-    _same(told, _told(reusing, load), load)
-    _same(told, _told(reusing, load), load)
+    assert_same(load, told, _told(reusing, load))
+    assert_same(load, told, _told(reusing, load))
     assert len(reusing._runner._free) == reusing.info.max_batch_size, "every place in the last tokens is free again"
 
 
 class HalfRight:
     """Guesses what will be written, with every third position wrong."""
 
-    def __init__(self, told: dict[str, list[int]]) -> None:
+    def __init__(self, told: dict[str, Told]) -> None:
         self.told = told
 
     def propose(self, sequence: Sequence, most: int) -> list[int]:
-        written = self.told[sequence.request_id]
+        written = self.told[sequence.request_id].tokens
         start = len(sequence.output_ids)
         return [token if place % 3 else 95 - token for place, token in enumerate(written[start : start + most], start)]
 
@@ -175,8 +143,8 @@ def test_reuse_and_guessing_together_change_no_token(
     both = opened(
         _hf(), max_seq_len=64, enable_block_reuse=True, speculation=guesses, proposer=HalfRight(told), **options
     )
-    _same(told, _told(both, load), load)
-    _same(told, _told(both, load), load)
+    assert_same(load, told, _told(both, load))
+    assert_same(load, told, _told(both, load))
 
 
 class BrokenError(Exception):
@@ -222,4 +190,4 @@ def test_what_a_failed_step_was_to_write_is_never_read(
     engine._runner.launch = launch  # type: ignore[method-assign]
     engine.check()
     assert engine.kv_stats().blocks_used == 0
-    _same(told, _told(engine, load), load)
+    assert_same(load, told, _told(engine, load))

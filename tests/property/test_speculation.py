@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.device_engines import Replays, open_device
 from support.engine_models import make_hf, open_hf
+from support.random_loads import Told, assert_same, play
 
 from trtkit.engine.loop import EmbeddedEngine
 from trtkit.engine.sequence import Sequence, blocks_for
 from trtkit.engine.speculation import NgramIndex
-from trtkit.spec.engine import FinishReason, Request, Sampling
+from trtkit.spec.engine import Request, Sampling
 from trtkit.spec.speculation import SpeculationSpec
 
 NOTHING_SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -96,45 +96,16 @@ def _request(index: int, work: Work) -> Request:
     )
 
 
-def _arrivals(load: list[Work]) -> Iterator[Request | None]:
-    for index, work in enumerate(load):
-        yield from [None] * work.waits
-        yield _request(index, work)
-
-
-def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, tuple[list[int], FinishReason, str | None]]:
-    """Tokens of each request and how it ended; the books are proved after every event."""
-    tokens: dict[str, list[int]] = {}
-    ends: dict[str, tuple[list[int], FinishReason, str | None]] = {}
-    for event in engine.generate(_arrivals(load)):
-        engine.check()
+def _told(engine: EmbeddedEngine, load: list[Work]) -> dict[str, Told]:
+    def nothing_is_held_for_wrong_guesses() -> None:
         for sequence in engine._scheduler.running:
             needed = blocks_for(sequence.cache_len, engine._limits.tokens_per_block)
             assert len(sequence.block_table) == needed, "what wrong guesses took is free again"
-        assert event.request_id not in ends, "nothing follows a request's end"
-        told = tokens.setdefault(event.request_id, [])
-        assert event.index == len(told)
-        if event.token_id is not None:
-            told.append(event.token_id)
-        if event.finish is not None:
-            ends[event.request_id] = (told, event.finish, event.error)
-        elif load[int(event.request_id)].cancel_after == event.index:
-            engine.cancel(event.request_id)
-    assert len(ends) == len(load)
+
+    told = play(engine, load, _request, nothing_is_held_for_wrong_guesses)
     stats = engine.kv_stats()
-    assert stats.blocks_used == 0
     assert 0 <= (stats.accepted_tokens or 0) <= (stats.draft_tokens or 0)
-    return ends
-
-
-def _same(load: list[Work], plain: dict[str, Any], guessed: dict[str, Any]) -> None:
-    for name, (tokens, finish, error) in plain.items():
-        if load[int(name)].cancel_after is None:
-            assert guessed[name] == (tokens, finish, error)
-        else:
-            # A cancellation takes effect after the step, which tells more tokens where guesses were right.
-            shared = min(len(tokens), len(guessed[name][0]))
-            assert guessed[name][0][:shared] == tokens[:shared]
+    return told
 
 
 @settings(NOTHING_SLOW, max_examples=60)
@@ -143,7 +114,7 @@ def test_the_cpu_engine_writes_the_same_with_guesses(
     load: list[Work], options: dict[str, int], spec: SpeculationSpec
 ) -> None:
     plain = _told(open_hf(_hf(), max_seq_len=64, **options), load)
-    _same(load, plain, _told(open_hf(_hf(), max_seq_len=64, speculation=spec, **options), load))
+    assert_same(load, plain, _told(open_hf(_hf(), max_seq_len=64, speculation=spec, **options), load))
 
 
 @settings(NOTHING_SLOW, max_examples=60)
@@ -154,7 +125,7 @@ def test_the_device_path_writes_the_same_with_guesses(
     capture = Replays() if captured else None
     plain = _told(open_device(_hf(), max_seq_len=64, **options), load)
     guessing = open_device(_hf(), max_seq_len=64, speculation=spec, capture=capture, **options)
-    _same(load, plain, _told(guessing, load))
+    assert_same(load, plain, _told(guessing, load))
     assert len(guessing._runner._free) == options["max_batch_size"], "every place in the last tokens is free again"
 
 
@@ -172,7 +143,7 @@ def test_guesses_out_of_the_blue_change_nothing_but_speed(
     opened = open_device if device else open_hf
     plain = _told(opened(_hf(), max_seq_len=64, **options), load)
     guessing = opened(_hf(), max_seq_len=64, speculation=spec, proposer=Scripted(script), **options)
-    _same(load, plain, _told(guessing, load))
+    assert_same(load, plain, _told(guessing, load))
 
 
 @settings(NOTHING_SLOW, max_examples=40)
@@ -186,7 +157,7 @@ def test_a_perfect_guess_is_accepted_to_the_last_token(
     class Oracle:
         def propose(self, sequence: Sequence, most: int) -> Seq[int]:
             done = len(sequence.output_ids)
-            return plain[sequence.request_id][0][done : done + most]
+            return plain[sequence.request_id].tokens[done : done + most]
 
         def forget(self, sequence: Sequence) -> None:
             pass

@@ -54,7 +54,7 @@ def _datasheet(result: BenchResult) -> Iterator[Check]:
         scenario = Scenario(
             model=plan.model,
             gpu=gpu_spec(plan.gpu),
-            precision=Precision(name=plan.quant.precision, quant=plan.held_quant, family=None),
+            precision=Precision(name=plan.quant.precision, quant=plan.quant.held_by(plan.target), family=None),
             isl=load.isl,
             osl=load.osl,
             concurrency=load.concurrency or 1,
@@ -120,7 +120,7 @@ def _plan_weight_bytes(result: BenchResult) -> int:
     """Bytes of all ranks, as the embedded engine merges them; one rank for the others."""
     plan = result.engine.plan
     if plan.target == "embedded":
-        return work.weight_bytes(plan.model, plan.held_quant, Parallelism())
+        return work.weight_bytes(plan.model, plan.quant.held_by(plan.target), Parallelism())
     return work.weight_bytes(plan.model, plan.quant, plan.parallel)
 
 

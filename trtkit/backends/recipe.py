@@ -261,7 +261,7 @@ def _with_groups(
     if source.directory is None and not look_up:
         return with_groups(source.model, quant, parallel)
     directory = source.directory or download(source.hub_id, weights=False)
-    held = quant.embedded if target == "embedded" else quant
+    held = quant.held_by(target)
     found = source_quant(held, source.model, read_packing(directory), parallel, str(source.hub_id or directory))
     return dataclasses.replace(
         quant, group_size=found.group_size, zero_points=found.zero_points, input_order=found.input_order

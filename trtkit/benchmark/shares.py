@@ -41,7 +41,9 @@ def floor(
     have computed before counts for nothing in a prompt, and is read once for all.
     """
     context, reused = mean_context(plan, workload), workload.reusable_tokens(plan.limits)
-    step_bytes = decode_step_bytes(plan.model, plan.held_quant, [context, *[context - reused] * (batch - 1)])
+    step_bytes = decode_step_bytes(
+        plan.model, plan.quant.held_by(plan.target), [context, *[context - reused] * (batch - 1)]
+    )
     reading = read_limit(limits, step_bytes)
     prefill_s = prefill_floor_s(plan, limits, workload.isl, cached_tokens=reused)
     token_s = _multiply_s(plan, limits, 1, decode_flops(plan.model, context))

@@ -85,11 +85,6 @@ class Placement:
         return max(most, min(self.limits.max_num_tokens, most * (1 + drafts)))
 
     @property
-    def held_quant(self) -> QuantSpec:
-        """The scheme in the form that the target holds."""
-        return self.quant.embedded if self.target == "embedded" else self.quant
-
-    @property
     def is_embedded_on_gpu(self) -> bool:
         """Our own engine's device path; on a CPU it holds what any engine does."""
         return self.target == "embedded" and self.gpu.sm > 0
@@ -162,7 +157,7 @@ def plan_memory(placement: Placement, *, sequence_tokens: int | None = None) -> 
     """Lay out one rank. `sequence_tokens` is the length requests are counted at, by default `max_seq_len`."""
     limits, parallel = placement.limits, placement.parallel
     stages = [
-        work.weight_groups(placement.model, placement.held_quant, parallel, pp_rank=stage)
+        work.weight_groups(placement.model, placement.quant.held_by(placement.target), parallel, pp_rank=stage)
         for stage in range(parallel.pp)
     ]
     weights = max(stages, key=lambda groups: sum(groups.values()))

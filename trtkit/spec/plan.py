@@ -110,11 +110,6 @@ class BuildPlan:
                 f"pp={self.parallel.pp} does not divide {self.model.name}'s {self.model.num_layers} layers"
             )
 
-    @property
-    def held_quant(self) -> QuantSpec:
-        """The scheme in the form that the target holds in memory and reads."""
-        return self.quant.embedded if self.target == "embedded" else self.quant
-
     def _check_speculation(self, speculation: SpeculationSpec) -> None:
         if self.target == "tensorrt":
             raise UsageError(

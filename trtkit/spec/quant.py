@@ -59,6 +59,10 @@ class QuantSpec:
         """How the embedded engine holds it: GPTQ's INT8 as its own groups, everything else as it is."""
         return replace(self, algo=INT8_ROWS) if self.algo == GPTQ_INT8 else self
 
+    def held_by(self, target: str) -> QuantSpec:
+        """The scheme in the form that a target holds in memory and reads."""
+        return self.embedded if target == "embedded" else self
+
 
 def _plain(dtype: DType) -> QuantSpec:
     return QuantSpec(precision=dtype.value, weights=dtype, activations=dtype, compute=dtype, kv=dtype)
